@@ -148,7 +148,15 @@ class Overloaded(LlamaJaxError):
 
 
 class EngineFailed(LlamaJaxError):
-    """The engine that a request ran on has failed or was closed; the request is lost."""
+    """The engine that a request ran on has failed or was closed; the request is lost.
+
+    Attributes:
+      retry_s: seconds until the engine may take requests again; 0 if unknown.
+    """
+
+    def __init__(self, message: str, *, hint: str = "", retry_s: float = 0.0):
+        super().__init__(message, hint=hint)
+        self.retry_s = retry_s
 
 
 class LateCompilation(EngineFailed):

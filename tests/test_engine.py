@@ -27,9 +27,13 @@ from engines import (
 )
 from helpers import GOLDEN_CASES, on_eight_devices
 
+from llama_jax.config import preset
 from llama_jax.engine import compiled
 from llama_jax.engine.core import Core
+from llama_jax.engine.program_set import program_set
 from llama_jax.engine.settings import EngineSettings
+from llama_jax.engine.sizing import settings_for
+from llama_jax.engine.state import paged
 from llama_jax.errors import DoesNotFit, Overloaded, RequestError
 from llama_jax.model.loaded import Model
 from llama_jax.sampling import SamplingParams
@@ -158,14 +162,14 @@ def test_an_engine_that_is_ready_early(monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny_model()
     core = Core(model, small_settings(decode_rows=(1, 3), mixed_tokens=(7, 24)))  # sizes that no other test has
     told = [str(news.key) for news in core.compile_all(early=True)]
-    assert sorted(told) == ["decode of 3 rows", "mark", "mixed of 24 tokens", "scrub"]
+    assert sorted(told) == ["decode of 3 rows", "mark", "mixed of 24 tokens"]
     assert core.snapshot().ready_s is not None
 
     asked = some_requests(model, 6)
     expected = [alone(model, request).tokens for request in asked]
     assert [tokens(news) for news in run(core, asked, arrivals=list(range(6)))] == expected
     snapshot = core.snapshot()
-    assert (snapshot.programs, snapshot.programs_behind, snapshot.late_compilations) == (4, 3, 0)
+    assert (snapshot.programs, snapshot.programs_behind, snapshot.late_compilations) == (3, 3, 0)
 
     scored = asked[0][0], SamplingParams(temperature=0.0, max_tokens=1, prompt_logprobs=2)
     (news,) = run(core, [scored])
@@ -179,7 +183,7 @@ def test_an_engine_that_is_ready_early(monkeypatch: pytest.MonkeyPatch) -> None:
     assert [core.programs.choose(name, 1, greedy=False).size for name in ("decode", "mixed")] == [1, 7]
     assert [tokens(news) for news in run(core, asked, arrivals=list(range(6)))] == expected
     snapshot = core.snapshot()
-    assert (snapshot.programs, snapshot.programs_behind, snapshot.late_compilations) == (7, 0, 0)
+    assert (snapshot.programs, snapshot.programs_behind, snapshot.late_compilations) == (6, 0, 0)
 
 
 def test_a_program_that_cannot_be_compiled_behind_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -226,6 +230,60 @@ def test_programs_are_counted_while_the_engine_takes_them() -> None:
     assert programs.behind == 3
 
 
+def test_a_long_prompt_is_marked_once_for_penalties(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It repeats its tokens, of which each counts once."""
+    for module in ("compiled", "program_set"):
+        monkeypatch.setattr(f"llama_jax.engine.{module}.MARKED", 40)
+    model = tiny_model()
+    core = Core(model, small_settings(pages=17))  # sizes that no other test has
+    prompt = np.random.default_rng(0).integers(3, 40, 80).tolist()
+    params = SamplingParams(temperature=0.0, max_tokens=4, repetition_penalty=1.5)
+    get, marks = core.programs._get, []
+
+    def counted(key: Any) -> Any:
+        marks.extend([key] * (key.name == "mark"))
+        return get(key)
+
+    monkeypatch.setattr(core.programs, "_get", counted)
+    (news,) = run(core, [(prompt, params)])
+    assert tokens(news) == alone(model, (prompt, params)).tokens
+    assert len(marks) == 1
+
+
+@pytest.mark.parametrize(
+    ("on_cpu", "steps", "greedy", "count"),
+    [(True, 8, None, 6), (True, 8, True, 10), (False, 8, None, 26), (False, 1, None, 33), (False, 8, True, 33)],
+)
+def test_the_set_of_programs_is_small(on_cpu: bool, steps: int, greedy: bool | None, count: int) -> None:
+    """Greedy requests have decode programs of their own where a step would wait for the host to test what it needs."""
+    sizes: dict[str, Any] = {"steps": steps, "greedy": greedy, "pages": 9728}
+    settings = settings_for(preset("llama-3.1-8b"), "bfloat16", None, on_cpu=on_cpu, free=None, **sizes)
+    keys = program_set(settings, on_cpu=on_cpu)
+    assert len(set(keys)) == len(keys) == count
+    needed = [("decode", rows) for rows in settings.decode_rows] + [("mixed", size) for size in settings.mixed_tokens]
+    assert set(needed) <= {(key.name, key.size) for key in keys if not key.greedy}
+
+
+@pytest.mark.parametrize(
+    ("options", "mixed", "few"),
+    [
+        ({}, (256, 512, 1024, 2048), (128, 256, 512, 2048)),
+        ({"step_tokens": 8192}, (256, 512, 1024, 2048, 8192), (128, 256, 512, 2048, 8192)),
+        ({"step_tokens": 600}, (256, 512, 600), (128, 256, 512, 600)),
+        ({"step_tokens": 4096, "rows": 32}, (128, 256, 512, 1024, 2048, 4096), ()),
+        ({"step_tokens": 4096, "batch_invariant": True}, (4096,), ()),
+        ({"step_tokens": 300, "on_cpu": True}, (32, 128, 300), ()),
+    ],
+)
+def test_the_most_tokens_of_a_step(options: dict[str, Any], mixed: tuple[int, ...], few: tuple[int, ...]) -> None:
+    sizes: dict[str, Any] = {"on_cpu": False, "free": None, "context": 8192} | options
+    settings = settings_for(preset("llama-3.1-8b"), "bfloat16", None, **sizes)
+    assert (settings.mixed_tokens, settings.few_tokens) == (mixed, few)
+    with pytest.raises(RequestError, match="steps of 256 tokens for 256 rows") as caught:
+        settings_for(preset("llama-3.1-8b"), "bfloat16", None, **sizes | {"step_tokens": 256, "rows": 256})
+    assert caught.value.param == "step_tokens"
+
+
 def test_prompts_are_scored_the_same_with_a_warm_cache() -> None:
     model = tiny_model()
     core = Core(model, small_settings())
@@ -246,8 +304,11 @@ def test_prompts_are_scored_the_same_with_a_warm_cache() -> None:
     nothing_is_held(core)
 
 
-def test_logits_that_are_no_numbers_end_their_row_alone() -> None:
-    """Its pages serve nobody else; the same prompt fails again, and is not answered out of the cache."""
+@pytest.mark.parametrize("clears", [True, False])
+def test_logits_that_are_no_numbers_end_their_row_alone(clears: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its pages serve nobody else; the same prompt fails again, and is not answered out of the cache. On a GPU
+    the pages are cleared; on a CPU attention sees nothing of what is left in them."""
+    monkeypatch.setattr(compiled, "program_set", lambda settings, on_cpu: program_set(settings, on_cpu=not clears))
     model = tiny_model()
     params = jax.tree.map(lambda x: x, model.params)
     params["embed"] = {"weight": params["embed"]["weight"].at[39].set(jnp.nan)}
@@ -272,7 +333,18 @@ def test_logits_that_are_no_numbers_end_their_row_alone() -> None:
         same = [(ours, theirs) for ours, theirs in zip(news, clean, strict=False) if 39 not in tokens(theirs)]
         assert any(logprobs(theirs) for _, theirs in same)
         assert all(logprobs(ours) == logprobs(theirs) for ours, theirs in same)
+    assert any(jnp.isnan(x).any() for x in paged(core._state).v) != clears
     nothing_is_held(core)
+
+
+def test_leftovers_of_pages_are_not_seen_on_a_cpu() -> None:
+    """Not even if all of them are no numbers: so a CPU clears no page (`program_set`)."""
+    model = tiny_model()
+    core = Core(model, small_settings(drafts=3, draft_rows=2))
+    cache = paged(core._state)
+    left = {name: tuple(jnp.full_like(x, jnp.nan) for x in getattr(cache, name)) for name in ("k", "v")}
+    core._state = dataclasses.replace(core._state, cache=dataclasses.replace(cache, **left))
+    check(model, core, 9, arrivals=list(range(9)))
 
 
 @pytest.mark.slow

@@ -221,9 +221,9 @@ def test_what_is_proposed_follows_the_text(data: st.DataObject) -> None:
 
 
 def test_the_programs_are_part_of_the_set() -> None:
-    names = [str(key) for key in program_set(with_draft(), greedy=False)]
+    names = [str(key) for key in program_set(with_draft(), on_cpu=True)]
     assert {"draft of 2 rows", "follow of 24 tokens"} <= set(names)
-    assert not any("follow" in str(key) for key in program_set(with_draft(draft_context=0), greedy=False))
+    assert not any("follow" in str(key) for key in program_set(with_draft(draft_context=0), on_cpu=True))
 
 
 def test_the_cache_of_a_draft_model_leaves_the_pages_most_of_the_memory() -> None:

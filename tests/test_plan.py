@@ -124,6 +124,7 @@ def test_a_published_model_on_the_cpu() -> None:
 @pytest.mark.parametrize(
     ("name", "ways", "rows", "kv_dtype"),
     [
+        ("llama-3.2-1b", 1, 8, None),
         ("llama-3.1-8b", 8, 8, "int8"),
         ("llama-3.1-8b", 8, 8, None),
         ("llama-3.1-70b", 8, 32, None),
@@ -158,6 +159,8 @@ def test_published_models_on_mi300x(name: str, ways: int, rows: int, kv_dtype: s
         actual = reported(compilation.compiled.memory_analysis())
         assert predicted.arguments == actual.arguments
         assert predicted.total == pytest.approx(actual.total, rel=0.05)
+        if not name.startswith("mixtral"):  # with experts the plan is an upper bound
+            assert predicted.temporary == pytest.approx(actual.temporary, rel=0.05, abs=8 << 20)
         counts = {
             kind: sum(c.count for c in compilation.collectives if c.kind == kind)
             for kind in ("all-reduce", "all-gather")
@@ -226,7 +229,8 @@ def test_kernels_need_no_logits_in_memory() -> None:
     share = DeviceShare(preset("llama-3.1-8b"), find("mi300x"), {}, 2)
     reference = share.temporary(1, 512, 4096, Backends())
     kernel = share.temporary(1, 512, 4096, Backends(attention="pallas_triton"))
-    assert reference - kernel == (4 + 2) * 32 * 512 * 4096 - 3 * 512 * 14336 * 2
+    norm = 512 * 4096 * 2  # which attention reads, and which is gone when gate, up and their product are there
+    assert reference - kernel == (4 + 2) * 32 * 512 * 4096 + norm - 3 * 512 * 14336 * 2
 
 
 @pytest.mark.parametrize(("kv_dtype", "vector"), [(None, 32 * 2), ("int8", 32 + 2)])

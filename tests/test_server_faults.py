@@ -255,6 +255,9 @@ def test_a_server_that_restarts_ends_at_once(
         monkeypatch.setattr(server.engine, "_made", fail)
         assert server.chat(max_tokens=2).status == 503
         server.run(server.until(lambda: "attempt 2 of 3" in str(readiness(server.state).reason)))
+        turned_away = server.chat(max_tokens=2)
+        assert turned_away.status == 503
+        assert 50 < int(turned_away.headers["retry-after"]) <= 60
         began = time.monotonic()
     assert time.monotonic() - began < 5
 
@@ -274,7 +277,7 @@ def test_no_next_token(model: Any, runner: asyncio.Runner, monkeypatch: pytest.M
         first, *_, error = server.post("/v1/completions", **biased).events
         assert first["choices"][0]["finish_reason"] is None
         assert error == whole.json
-        assert server.post("/v1/completions", prompt=[5, 6]).status == 200
+        assert server.post("/v1/completions", prompt=[5, 6], max_tokens=1).status == 200  # it may draw token 39
         assert cancelled(server) == 0  # no client has left
 
 

@@ -39,7 +39,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
     """Engines of programs that compile in no time."""
     keys = [Key("mark"), Key("scrub")]
-    monkeypatch.setattr("llama_jax.engine.compiled.program_set", lambda settings, greedy: keys)
+    monkeypatch.setattr("llama_jax.engine.compiled.program_set", lambda settings, on_cpu: keys)
 
 
 def compiled(core: Core) -> tuple[int, int]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 from tiny_chat_model import write_chat_model
 
 import llama_jax as lj
@@ -88,6 +90,28 @@ def test_a_stopped_run_resumes_with_the_same_numbers(
     monkeypatch.setattr(checkpoints, "_digest", lambda x: "another")
     with pytest.raises(CheckpointError, match=r"00000008 cannot be read: the digest of \..* differs"):
         train(settings)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["full", "lora"])
+def test_a_run_is_not_resumed_on_another_base(method: str, folder: Path, tmp_path: Path) -> None:
+    """A base is known by its weights: files that were written again are the same base."""
+    weights = shutil.copytree(folder / "hf", tmp_path / "base") / "model.safetensors"
+    settings = settings_from(values(folder, tmp_path / "run", method=method, model=str(tmp_path / "base"), steps=4))
+
+    def run_a_step() -> int:
+        told: list[int] = []
+        return train(settings, told=lambda m: told.append(m.step), stop=lambda: len(told) >= 1).step
+
+    first = run_a_step()
+    tensors = load_file(weights)
+    save_file(tensors, weights)
+    assert run_a_step() > first
+    name = next(name for name in tensors if "down_proj" in name)
+    save_file(tensors | {name: tensors[name] * 2}, weights)
+    with pytest.raises(RequestError, match="of a run with other base weights") as caught:
+        train(settings)
+    assert "another folder" in caught.value.hint
 
 
 @pytest.mark.slow

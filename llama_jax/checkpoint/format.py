@@ -110,6 +110,11 @@ class Checkpoint:
         return sum(t.nbytes for t in self.tensors.values())
 
     @property
+    def weights_digest(self) -> str:
+        """Of the tensors' names and digests: equal for checkpoints with the same weights."""
+        return digest(json.dumps({name: t.digest for name, t in self.tensors.items()}, sort_keys=True).encode())
+
+    @property
     def arrays_path(self) -> Path:
         """The OCDBT store that holds the arrays."""
         return self.path / PARAMS / _ORBAX_ARRAYS

@@ -160,7 +160,7 @@ def emit(
       where: bool [batch], the rows that draw; all by default.
     """
     failed = jnp.zeros_like(state.done)
-    if state.sampler.allowed is not None:  # only with the full profile; the others save a pass over the logits
+    if state.sampler.restricted is not None:  # only with the full profile; the others save a pass over the logits
         failed = no_token(logits, state.sampler) & ~state.done
     going = ~state.done & ~failed
     if where is not None:

@@ -80,7 +80,7 @@ class EngineCompilation:
         state, cache = self.start.memory.outputs, self.draft_start.memory.outputs if self.draft_start else 0
         for key, compilation in ((Key(START), self.start), *self.programs.items()):
             beside = 0 if key.size else self.weights  # programs with a size take the weights as an argument
-            if key.name == "mark":  # it takes only arrays over the vocabulary
+            if key.name == "mark" or key.greedy:  # which take only the arrays over the vocabulary, or all others
                 beside += state - compilation.memory.aliased
             beside += self.weights + state if key.name in (DRAFT, FOLLOW) else self.draft_weights + cache
             needs = beside + compilation.memory.total - compilation.memory.code + code
@@ -181,7 +181,7 @@ def compile_engine(
             wanted = made(key)
         return compiled(wanted)
 
-    keys = program_set(settings, greedy=True) if keys is None else keys
+    keys = program_set(settings, on_cpu=False) if keys is None else keys
     with ThreadPoolExecutor(THREADS) as pool:
         programs = dict(zip(keys, pool.map(of_key, keys), strict=True))
     return EngineCompilation(

@@ -24,7 +24,7 @@ from llama_jax.engine.adapter_pool import AdapterSlots
 from llama_jax.engine.draft_programs import DRAFT, FOLLOW, DraftParts
 from llama_jax.engine.program_set import MARKED, Key, masked, masks_of, program, program_set, sufficient, texts_of
 from llama_jax.engine.settings import EngineSettings
-from llama_jax.engine.state import NO_ROW, Marked, wide
+from llama_jax.engine.state import NO_ROW, Marked, narrow, wide, widened
 from llama_jax.errors import LateCompilation
 from llama_jax.kernels.dispatch import using
 from llama_jax.model.loaded import Model
@@ -88,8 +88,7 @@ class Programs:
         self._texts: jax.Array | None = None
         self._words = masked(settings), token_mask.all_allowed(model.config.vocab_size).size
         self.late = self.from_cache = 0
-        on_gpu = model.device.platform != "cpu"
-        self.keys = program_set(settings, greedy=on_gpu if settings.greedy is None else settings.greedy)
+        self.keys = program_set(settings, on_cpu=model.device.platform == "cpu")
 
     def compile_all(self, *, early: bool = False) -> Iterator[Compiled]:
         """Compiles missing programs, several at a time and the largest first; yields progress as each is done.
@@ -207,7 +206,9 @@ class Programs:
         return state
 
     def scrub(self, state: DecodeState, pages: list[int]) -> DecodeState:
-        """See `state.scrub`."""
+        """See `state.scrub`. Does nothing where attention has no need of it."""
+        if Key("scrub") not in self.keys:
+            return state
         width = self._settings.pages_per_row
         for start in range(0, len(pages), width):
             padded = np.full(width, self._settings.pages, np.int32)
@@ -231,15 +232,18 @@ class Programs:
         Args:
           masks: of `verify`; None if no row has any.
         """
-        arguments = (self._model.params, state, control, self._slots)
         run = self._get(key)
-        if key.name != "verify":
-            return run(*arguments)
-        if masks is None and self._no_masks is None:  # avoids sending unused arrays each time
-            shape = self.masks(key)
-            self._no_masks = jax.device_put(np.zeros(shape.shape, shape.dtype), run.input_shardings[0][-1])
-        *drawn, self._texts = run(*arguments, self._texts_there(), self._no_masks if masks is None else masks)
-        return tuple(drawn)
+        arguments: list[Any] = [self._model.params, narrow(state) if key.greedy else state, control, self._slots]
+        verifies = key.name == "verify"
+        if verifies:
+            if masks is None and self._no_masks is None:  # avoids sending unused arrays each time
+                shape = self.masks(key)
+                self._no_masks = jax.device_put(np.zeros(shape.shape, shape.dtype), run.input_shardings[0][-1])
+            arguments += [self._texts_there(), self._no_masks if masks is None else masks]
+        new, *told = run(*arguments)
+        if verifies:
+            self._texts = told.pop()
+        return widened(new, state) if key.greedy else new, *told
 
     def draft(self, name: str, cache: PagedCache, control: np.ndarray) -> Any:
         """See `draft_programs.draft` and `draft_programs.follow`."""

@@ -15,7 +15,6 @@ from llama_jax.cache import NO_PAGE
 from llama_jax.engine.compiled import KEPT, shapes_alone
 from llama_jax.engine.drafting import Pace
 from llama_jax.engine.flat import flat, views
-from llama_jax.engine.program_set import without_vocabulary
 from llama_jax.engine.rules import Rule
 from llama_jax.engine.sequence import Sequence
 from llama_jax.engine.settings import EngineSettings
@@ -129,23 +128,19 @@ def _sampler(
     params: ListOf[SamplingParams], vocab: int, eos_token_ids: tuple[int, ...], stop_ids: int, biases: int
 ) -> SamplerState:
     """Sampler state of joining rows, as numpy arrays."""
-    made = make_sampler(
-        params, [()] * len(params), vocab, eos_token_ids, profile=FULL, stop_width=stop_ids, bias_width=biases
-    )
-    return without_vocabulary(made[1])
+    return make_sampler(params, None, vocab, eos_token_ids, profile=FULL, stop_width=stop_ids, bias_width=biases)[1]
 
 
 def penalised(step: Step, asked: Mapping[int, Asked]) -> tuple[list[int], list[tuple[int, int, bool]]]:
-    """Joining rows with penalties, and (row, token, drawn) of their tokens so far that these need."""
+    """Joining rows with penalties, and (row, token, drawn) of their tokens so far that these need. How often a token
+    occurs counts only among the drawn ones."""
     rows, marks = [], []
     for joining in step.joining:
         sequence, params = joining.sequence, asked[joining.sequence.id].params
         of_prompt = params.repetition_penalty != 1.0
         if of_prompt or params.presence_penalty or params.frequency_penalty:
             rows.append(joining.row)
-            first = 0 if of_prompt else sequence.prompt_length
-            marks += [
-                (joining.row, token, i >= sequence.prompt_length)
-                for i, token in enumerate(sequence.tokens[first:], first)
-            ]
+            prompt, drawn = sequence.tokens[: sequence.prompt_length], sequence.tokens[sequence.prompt_length :]
+            marks += [(joining.row, token, False) for token in set(prompt if of_prompt else ())]
+            marks += [(joining.row, token, True) for token in drawn]
     return rows, marks

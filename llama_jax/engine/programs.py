@@ -185,7 +185,8 @@ def verify(
     def draw(carry: Carry) -> Carry:
         at, part, progress, going = carry
         here = jax.lax.dynamic_index_in_dim(logits, at, axis=1, keepdims=False)
-        part = _masked(part, jax.lax.dynamic_index_in_dim(masks, at, axis=1, keepdims=False), masked)
+        if profile.kind == "full":
+            part = _masked(part, jax.lax.dynamic_index_in_dim(masks, at, axis=1, keepdims=False), masked)
         part, progress = emit(here, part, progress, at, profile, where=going)
         following = ids.at[:, at + 1].get(mode="fill", fill_value=-1)
         return at + 1, part, progress, going & (part.tokens == following) & ~part.done

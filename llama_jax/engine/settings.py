@@ -38,8 +38,9 @@ class EngineSettings:
         there are pages for all of its tokens.
       constraint_s: time limit in seconds for a sequence's constraints to decide what may come next; beyond it the
         sequence ends with an error.
-      greedy: whether there are separate programs for greedy requests. By default on a GPU, where they save the cost of
-        the full sampler; on a CPU they save less than their compilation takes, unless all requests are greedy.
+      greedy: whether there are separate programs for greedy requests. By default on a GPU, where they make some
+        steps shorter (`program_set`); on a CPU they save less than their compilation takes, unless all requests are
+        greedy.
       strict: whether compiling anything once the engine is ready is an error. All programs are compiled before.
     """
 

@@ -99,6 +99,7 @@ def default_settings(
     pages: int | None = None,
     page_size: int = DEFAULT_PAGE_SIZE,
     decode_rows: tuple[int, ...] | None = None,
+    step_tokens: int | None = None,
     steps: int | None = None,
     prefix_cache: bool = True,
     waiting: int | None = None,
@@ -120,6 +121,7 @@ def default_settings(
       pages: by default, on a GPU, all that fit into free memory besides a step's activations; on a CPU enough for rows
         of 512 tokens, and for one of the context's length.
       decode_rows: by default few on a CPU, more on a GPU.
+      step_tokens: the most tokens of a step with prompts, by default 2048 on a GPU, 128 on a CPU.
       draft: the draft model, whose cache takes some of the memory; only with `drafts`.
       batch_invariant: see `EngineSettings`; one size of each program. An `LLM` then does not grow.
       steps: by default 8 where the device loops by itself (a CPU; an NVIDIA GPU that holds the whole model), else 1.
@@ -147,6 +149,7 @@ def default_settings(
         pages=pages,
         page_size=page_size,
         decode_rows=decode_rows,
+        step_tokens=step_tokens,
         steps=steps,
         prefix_cache=prefix_cache,
         waiting=waiting,
@@ -175,6 +178,7 @@ def settings_for(
     pages: int | None = None,
     page_size: int = DEFAULT_PAGE_SIZE,
     decode_rows: tuple[int, ...] | None = None,
+    step_tokens: int | None = None,
     draft: tuple[LlamaConfig, DTypeLike, str | None] | None = None,
     batch_invariant: bool = False,
     more_memory: str = "",
@@ -198,7 +202,7 @@ def settings_for(
     context = _default_context(config, on_cpu=on_cpu) if context is None else context
     rows = (CPU_ROWS if on_cpu else GPU_ROWS) if rows is None else rows
     each = -(-context // page_size)
-    room = None if free is None else max(free - _beside_pages(config, dtype, mesh), 0)
+    room = None if free is None else max(free - _beside_pages(config, dtype, mesh, step_tokens), 0)
     draft_rows, draft_context = min(DRAFT_ROWS, rows), 0
     if draft is not None:
         draft_context = min(context, draft[0].context_length)
@@ -225,17 +229,25 @@ def settings_for(
             hint="; ".join(filter(None, (fitting, more_memory))),
         )
     chunk_rows, buckets = CHUNK_ROWS, decode_rows or _decode_rows(rows, on_cpu=on_cpu)
-    tokens, few = [*(CPU_TOKENS if on_cpu else GPU_TOKENS)], () if on_cpu or batch_invariant else GPU_FEW_TOKENS
+    tokens, few = [*(CPU_TOKENS if on_cpu else GPU_TOKENS)], [*(() if on_cpu or batch_invariant else GPU_FEW_TOKENS)]
+    if step_tokens is not None:
+        if step_tokens <= rows:
+            raise RequestError(
+                f"steps of {step_tokens} tokens for {rows} rows", param="step_tokens", hint=f"at least {rows + 1}"
+            )
+        tokens = [*(n for n in tokens if n < step_tokens), step_tokens]
+        few = few and [*(n for n in few if n < step_tokens), step_tokens]
     if few and rows <= GPU_FEW_ROWS:  # a step for few rows is one for all
-        tokens, few = sorted({*tokens, *few}), ()
+        tokens, few = sorted({*tokens, *few}), []
     if tokens[-1] <= rows:
         tokens.append(2 * rows)
     if batch_invariant:  # one size of each program
         chunk_rows, buckets = ONE_SIZE_ROWS, (rows,)
-        tokens = [max(CPU_ONE_SIZE if on_cpu else GPU_ONE_SIZE, page_size, 1 << rows.bit_length())]
+        one = step_tokens or (CPU_ONE_SIZE if on_cpu else GPU_ONE_SIZE)
+        tokens = [max(one, page_size, 1 << rows.bit_length())]
     return EngineSettings(
         rows=rows,
-        few_tokens=few,
+        few_tokens=tuple(few),
         few_rows=GPU_FEW_ROWS if few else 0,
         context=context,
         pages=pages,
@@ -298,11 +310,11 @@ def _decode_rows(rows: int, *, on_cpu: bool) -> tuple[int, ...]:
     return tuple(sorted({*(n for n in GPU_DECODE_ROWS if n < rows), rows}))
 
 
-def _beside_pages(config: LlamaConfig, dtype: DTypeLike, mesh: AnyMesh) -> int:
+def _beside_pages(config: LlamaConfig, dtype: DTypeLike, mesh: AnyMesh, step_tokens: int | None = None) -> int:
     """Bytes of each device that the largest step, or its compilation, needs besides weights and pages: XLA autotunes
     kernels on copies of their operands, the largest of which is the head's matrix."""
     width = max((layer.mlp if isinstance(layer.mlp, int) else 0) for layer in config.layers) // ruled(mesh).ways("mlp")
-    tokens = GPU_TOKENS[-1]
+    tokens = step_tokens or GPU_TOKENS[-1]
     logits = 5 * 4 * GPU_ROWS * config.vocab_size
     activations = tokens * (4 * config.hidden_size * 4 + 3 * max(width, config.hidden_size) * jnp.dtype(dtype).itemsize)
     head = config.vocab_size * config.hidden_size * jnp.dtype(dtype).itemsize // ruled(mesh).ways("vocab")

@@ -7,6 +7,7 @@ program is compiled once. Only the host knows which sequence is in which row.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterable
 from typing import Any
 
 import jax
@@ -17,7 +18,7 @@ from llama_jax.cache import PagedCache, protocol, stored
 from llama_jax.config import LlamaConfig
 from llama_jax.decode.loop import DecodeState, by_rows, idle_state
 from llama_jax.engine.settings import EngineSettings
-from llama_jax.sampling import FULL, SamplerState, SamplingParams, make_sampler
+from llama_jax.sampling import FULL, WIDE, SamplerState, SamplingParams, make_sampler
 from llama_jax.sharding import constrain
 
 NO_ROW = np.iinfo(np.int32).max
@@ -100,13 +101,24 @@ def join(state: DecodeState, new: Joining) -> DecodeState:
     return by_rows(dataclasses.replace(state, cache=cache, sampler=sampler_of_all, **rows))
 
 
-WIDE = ("allowed", "in_prompt", "seen")
-"""A sampler's arrays over the vocabulary."""
-
-
 def wide(sampler: SamplerState) -> dict[str, Any]:
     """The arrays over the vocabulary by name. `mark` takes no others: each array passed to a program costs time."""
     return {name: getattr(sampler, name) for name in WIDE}
+
+
+def narrow(state: DecodeState) -> DecodeState:
+    """The state without the arrays over the vocabulary, as programs for greedy requests take it: their rows have no
+    mask or penalty, and it costs time to take a row's part of these arrays out and to put it back."""
+    return _with_wide(state, dict.fromkeys(WIDE))
+
+
+def widened(state: DecodeState, other: DecodeState) -> DecodeState:
+    """A state from `narrow`, with the arrays over the vocabulary of another."""
+    return _with_wide(state, wide(other.sampler))
+
+
+def _with_wide(state: DecodeState, arrays: dict[str, Any]) -> DecodeState:
+    return dataclasses.replace(state, sampler=dataclasses.replace(state.sampler, **arrays))
 
 
 @jax.tree_util.register_dataclass
@@ -162,21 +174,21 @@ def paged(state: DecodeState) -> PagedCache:
 
 def take_rows(state: DecodeState, rows: jax.Array) -> DecodeState:
     """Extracts rows int32 [n] as a separate state; NO_ROW is a row that has ended."""
+    all_but_cache = {f.name: getattr(state, f.name) for f in dataclasses.fields(state) if f.name != "cache"}
     part: dict[str, Any] = {
         name: jax.tree.map(lambda x, empty=int(name == "done"): protocol.take_rows(x, rows, empty), value)
-        for name, value in _but_cache(state).items()
+        for name, value in all_but_cache.items()
     }
     return dataclasses.replace(state, cache=state.cache.select(rows), **part)
 
 
 def put_rows(state: DecodeState, rows: jax.Array, part: DecodeState) -> DecodeState:
-    """Puts the rows of `take_rows` back into the state."""
-    written: dict[str, Any] = jax.tree.map(
-        lambda into, x: protocol.put_rows(into, rows, x), _but_cache(state), _but_cache(part)
-    )
-    return by_rows(dataclasses.replace(state, cache=state.cache.put(rows, part.cache), **written))
+    """Puts back into the state what steps have changed of the rows of `take_rows`."""
 
+    def put(into: Any, of: Any, names: Iterable[str]) -> dict[str, Any]:
+        changed = {name: (getattr(into, name), getattr(of, name)) for name in names}
+        return {name: None if x is None else protocol.put_rows(x, rows, y) for name, (x, y) in changed.items()}
 
-def _but_cache(state: DecodeState) -> dict[str, Any]:
-    """Everything with an entry per row; the cache extracts its own rows."""
-    return {f.name: getattr(state, f.name) for f in dataclasses.fields(state) if f.name != "cache"}
+    sampler = dataclasses.replace(state.sampler, **put(state.sampler, part.sampler, ("count", "seen")))
+    of_rows = put(state, part, ("tokens", "positions", "done", "finished_by_stop", "failed"))
+    return by_rows(dataclasses.replace(state, cache=state.cache.put(rows, part.cache), sampler=sampler, **of_rows))

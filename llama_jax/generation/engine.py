@@ -82,7 +82,7 @@ class Engine:
         self._jobs: Jobs | None = None
         self.restarts = replace(restarts or Restarts())  # its own counts: models are loaded again with one policy
         self._failed: EngineFailed | None = None
-        self._resting: EngineFailed | None = None
+        self._rests_until: float | None = None
         self._why_restarts = ""
         self._streams: dict[Answer, Stream] = {}
         self._inbox: deque[tuple[Callable[[Any], None], Stream | Change]] = deque()
@@ -340,18 +340,23 @@ class Engine:
 
     def _rested(self, seconds: float) -> bool:
         """Waits while requests are refused; returns whether the engine is still wanted."""
-        self._resting = EngineFailed(
-            f"the engine restarts in {seconds:.3g} s (attempt {self.restarts.row} of {self.restarts.attempts}): "
-            f"{self._why_restarts}",
-            hint="send the request again later",
-        )
-        self._drop(self._resting)
-        until = time.monotonic() + seconds
+        self._rests_until = until = time.monotonic() + seconds
+        self._drop(self._resting(until))
         while not self._closing and (left := until - time.monotonic()) > 0:
             self._wake.wait(left)
             self._wake.clear()
-        self._resting = None
+        self._rests_until = None
         return not self._closing
+
+    def _resting(self, until: float) -> EngineFailed:
+        """The error for requests until the next attempt to restart."""
+        left = max(0.0, until - time.monotonic())
+        return EngineFailed(
+            f"the engine restarts in {left:.3g} s (attempt {self.restarts.row} of {self.restarts.attempts}): "
+            f"{self._why_restarts}",
+            hint="send the request again later",
+            retry_s=left,
+        )
 
     def _restart(self) -> None:
         try:
@@ -391,7 +396,9 @@ class Engine:
         return self._failed or EngineFailed("the engine was closed", hint="make a new one")
 
     def _check_open(self) -> None:
-        if (failed := self._failed or self._resting) is not None:
-            raise failed
+        if self._failed is not None:
+            raise self._failed
+        if (until := self._rests_until) is not None:
+            raise self._resting(until)
         if self._closing or self._thread is None:
             raise EngineFailed("the engine is not running", hint="use it inside of `async with Engine(...)`")

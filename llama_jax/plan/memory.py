@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from functools import cached_property, partial
 
 from llama_jax.config import LayerSpec, LlamaConfig, MoeSpec
+from llama_jax.decode import buckets
 from llama_jax.decode.chunks import written_bytes
 from llama_jax.kernels.dispatch import REFERENCE
 from llama_jax.layout import local_size, split_config
@@ -133,9 +134,7 @@ class DeviceShare:
         return self.cache(rows, capacity) + rows * (4 * capacity + _STATE_ROW) + _STATE_SCALARS
 
     def _last_keys(self, rows: int, capacity: int) -> int:
-        """Bytes that XLA's CPU compiler uses for other arrays until the last layer's keys are written there."""
-        if self.target.vendor != "cpu":
-            return 0
+        """Bytes that XLA uses for other arrays until the last layer's keys are written there."""
         return self.cache(rows, capacity) // (2 * self.config.num_layers)
 
     def temporary(self, rows: int, tokens: int, capacity: int, backends: Backends, *, unwritten: int = 0) -> int:
@@ -145,22 +144,26 @@ class DeviceShare:
           unwritten: bytes of an output in which what lives across blocks lies, and one array of a block, if they fit.
         """
         on_cpu = self.target.vendor == "cpu"
-        stream = rows * tokens * self.config.hidden_size
-        # The residual and its norm. XLA's GPU compiler writes both in float32 too; a kernel writes others like them.
-        pair = 2 * stream * self.itemsize
-        live = pair + (8 * stream if backends.norm == REFERENCE and not on_cpu else 0)
-        live = 0 if stream * self.itemsize <= unwritten else live
+        pieces = buckets.pieces(rows, tokens, ruled(self.mesh).ways("mlp"))
+        tokens //= pieces
+        # The residual, and its norm. XLA's GPU compiler writes both in float32 too; a kernel writes others like them.
+        size = rows * tokens * self.config.hidden_size
+        live = norm = size * self.itemsize
+        live += 8 * size if backends.norm == REFERENCE and not on_cpu else 0
+        if norm <= unwritten:
+            live, norm = 0, 0 if on_cpu else norm
+        live += (pieces - 1) * 2 * norm  # of the piece that waits for its all-reduce
         *before, last = self.config.layers
         of_all, of_last = (
             Counter(decoded_bytes(self.config, self.itemsize, self.mesh, self.target, n)) for n in (rows * tokens, rows)
         )
         decoded = of_all if before else of_last
-        blocks = [self._attention(rows, tokens if before else 1, capacity, backends) + decoded["attn"]]
-        blocks += [self._mlp(layer, rows * tokens, backends, of_all, unwritten) for layer in set(before)]
-        blocks += [self._mlp(last, rows, backends, of_last)]  # of the last token alone
-        logits = 4 * rows * self.of("vocab", self.config.vocab_size) + of_last["head"]
+        blocks = [norm + self._attention(rows, tokens if before else 1, capacity, backends) + decoded["attn"]]
+        blocks += [self._mlp(layer, rows * tokens, backends, of_all, norm, unwritten) for layer in set(before)]
+        blocks += [self._mlp(last, rows, backends, of_last, norm)]  # of the last token alone
+        logits = norm + 4 * rows * self.of("vocab", self.config.vocab_size) + of_last["head"]
         if backends.norm != REFERENCE:
-            blocks.append(pair)
+            blocks.append(3 * norm)
         return live + max(*blocks, logits) + (self._expert_copies(self.config.layers) if on_cpu else 0)
 
     def _attention(self, rows: int, tokens: int, capacity: int, backends: Backends) -> int:
@@ -174,16 +177,24 @@ class DeviceShare:
         return max(written, written * 4 // (4 + self.itemsize) + decoded)
 
     def _mlp(
-        self, layer: LayerSpec, tokens: int, backends: Backends, decoded: Mapping[str, int], unwritten: int = 0
+        self,
+        layer: LayerSpec,
+        tokens: int,
+        backends: Backends,
+        decoded: Mapping[str, int],
+        norm: int,
+        unwritten: int = 0,
     ) -> int:
-        """gate and up beside their decoded weight, or with their product; of routed experts, for each of a token's
+        """gate and up beside what they are made of, or with their product; of routed experts, for each of a token's
         experts, with what they are made of."""
         if not isinstance(layer.mlp, MoeSpec):
             each = tokens * self.of("mlp", layer.mlp) * self.itemsize
-            return max(2 * each + decoded["mlp"], (2 if each <= unwritten else 3) * each + decoded["down"])
+            made_of = norm + decoded["mlp"]
+            on_cpu = self.target.vendor == "cpu"
+            return max(2 * each + made_of, (2 if on_cpu and each <= unwritten else 3) * each + decoded["down"])
         moe = layer.mlp
         rows = tokens * moe.top_k * self.of("mlp", moe.intermediate_size) * self.itemsize
-        beside = max(decoded["mlp"], decoded["down"], decoded["moe"])
+        beside = norm + max(decoded["mlp"], decoded["down"], decoded["moe"])
         if backends.moe != REFERENCE:
             return 3 * rows + beside
         # On GPUs the ragged product of the reference first transposes the experts of a layer.

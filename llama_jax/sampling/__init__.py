@@ -17,6 +17,7 @@ from llama_jax.sampling.sampler import failed, sample
 from llama_jax.sampling.state import (
     FULL,
     GREEDY,
+    WIDE,
     SamplerProfile,
     SamplerState,
     check_widths,
@@ -30,6 +31,7 @@ __all__ = [
     "GREEDY",
     "GREEDY_BELOW",
     "MAX_LOGPROBS",
+    "WIDE",
     "BadWords",
     "Constraint",
     "Forkable",

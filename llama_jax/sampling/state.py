@@ -17,6 +17,9 @@ from llama_jax.sampling.params import SamplingParams
 
 _KINDS = ("greedy", "sampling", "full")
 
+WIDE = ("allowed", "in_prompt", "seen")
+"""A sampler's arrays over the vocabulary."""
+
 LEAST_WIDTH = 16
 """Least room of every row for stop ids, and for biases; a batch with more has room for a power of two."""
 
@@ -106,7 +109,7 @@ def sampler_axes(state: SamplerState) -> SamplerState:
 
 def make_sampler(
     params: Sequence[SamplingParams],
-    prompts: Sequence[Sequence[int]],
+    prompts: Sequence[Sequence[int]] | None,
     vocab_size: int,
     eos_token_ids: Sequence[int] = (),
     profile: SamplerProfile | None = None,
@@ -119,6 +122,7 @@ def make_sampler(
     Rows whose seed is None get a random one here.
 
     Args:
+      prompts: None leaves out the arrays over the vocabulary.
       profile: one that serves all of them; by default the smallest.
       stop_width, bias_width: each row's room for stop ids and biases; by default a sufficient power of two.
 
@@ -176,25 +180,29 @@ def widths(params: Sequence[SamplingParams], eos_token_ids: Sequence[int]) -> tu
 
 
 def _full_fields(
-    params: Sequence[SamplingParams], prompts: Sequence[Sequence[int]], vocab_size: int, bias_width: int | None
-) -> Mapping[str, np.ndarray]:
+    params: Sequence[SamplingParams], prompts: Sequence[Sequence[int]] | None, vocab_size: int, bias_width: int | None
+) -> Mapping[str, np.ndarray | None]:
     """Arrays that only the full profile has."""
     biases = [p.logit_bias for p in params]
     width = _width(biases, bias_width, "logit_bias")
+    return {
+        "bias_ids": _filled([list(b) for b in biases], width, -1, np.int32),
+        "bias": _filled([list(b.values()) for b in biases], width, 0, np.float32),
+        "restricted": np.asarray([p.allowed_token_ids is not None for p in params], bool),
+        **(dict.fromkeys(WIDE) if prompts is None else _wide_fields(params, prompts, vocab_size)),
+    }
+
+
+def _wide_fields(
+    params: Sequence[SamplingParams], prompts: Sequence[Sequence[int]], vocab_size: int
+) -> Mapping[str, np.ndarray]:
     in_prompt = np.zeros((len(params), vocab_size), bool)
     allowed = np.tile(token_mask.all_allowed(vocab_size), (len(params), 1))
     for row, (p, prompt) in enumerate(zip(params, prompts, strict=True)):
         in_prompt[row, list(prompt)] = True
         if p.allowed_token_ids is not None:
             allowed[row] = token_mask.only(p.allowed_token_ids, vocab_size)
-    return {
-        "bias_ids": _filled([list(b) for b in biases], width, -1, np.int32),
-        "bias": _filled([list(b.values()) for b in biases], width, 0, np.float32),
-        "restricted": np.asarray([p.allowed_token_ids is not None for p in params], bool),
-        "allowed": allowed,
-        "in_prompt": in_prompt,
-        "seen": np.zeros((len(params), vocab_size), np.int32),
-    }
+    return {"allowed": allowed, "in_prompt": in_prompt, "seen": np.zeros((len(params), vocab_size), np.int32)}
 
 
 def _width(rows: Sequence[Any], width: int | None, param: str) -> int:

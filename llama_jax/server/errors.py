@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -67,7 +68,8 @@ class Failure:
         if not isinstance(error, LlamaJaxError):
             error = LlamaJaxError("the server has failed", hint="its log has the reason, under this request's id")
         status, kind = next((status, kind) for of, status, kind in STATUSES if isinstance(error, of))
-        headers = {"retry-after": str(RETRY_S)} if status in (429, 503) else {}
+        pause = error.retry_s if isinstance(error, EngineFailed) else 0
+        headers = {"retry-after": str(max(RETRY_S, math.ceil(pause)))} if status in (429, 503) else {}
         return cls(status, _body(error, kind, getattr(error, "param", None), type(error).__name__), headers)
 
 

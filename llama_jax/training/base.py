@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from llama_jax import runtime
 from llama_jax.checkpoint import Progress
 from llama_jax.checkpoint.build import load_source
+from llama_jax.checkpoint.format import open_checkpoint
 from llama_jax.checkpoint.source import ModelSource, tell_notes
 from llama_jax.config import LlamaConfig
 from llama_jax.convert.opening import opened
@@ -37,6 +38,7 @@ class Base:
 
     Attributes:
       dtype: that is computed in.
+      digest: of the weights (`Checkpoint.weights_digest`).
     """
 
     source: ModelSource
@@ -44,6 +46,7 @@ class Base:
     settings: Settings
     mesh: RuledMesh | None
     dtype: jnp.dtype
+    digest: str
 
     @property
     def config(self) -> LlamaConfig:
@@ -91,4 +94,4 @@ def opened_base(
             check_mesh(source.config, mesh, settings.rows.rows // settings.rows.parts)
         tokenizer = tokenizer_from_files(source.files, source.path).for_model(source.config.vocab_size)
         tell_notes(source, notify)
-        yield Base(source, tokenizer, settings, mesh, dtype)
+        yield Base(source, tokenizer, settings, mesh, dtype, open_checkpoint(path).weights_digest)

@@ -64,7 +64,7 @@ def restore(folder: Path, step: int, like: State, about: Mapping[str, Any]) -> S
       about: as it was given to `save`.
 
     Raises:
-      RequestError: the checkpoint is of a run with other settings or other data.
+      RequestError: the checkpoint is of a run with other settings, data or base weights.
       CheckpointError: it is damaged, or of another model.
     """
     from orbax.checkpoint import v1 as ocp
@@ -73,8 +73,8 @@ def restore(folder: Path, step: int, like: State, about: Mapping[str, Any]) -> S
     arrays = _arrays(like)
     try:
         note = json.loads(ocp.metadata(path.absolute()).custom_metadata[_NOTE])
-        if note["about"] != about:
-            other = [name for name in about if note["about"].get(name) != about[name]]
+        # Earlier versions noted less.
+        if other := [name for name in about if note["about"].get(name, about[name]) != about[name]]:
             raise RequestError(
                 f"{path} is of a run with other {' and '.join(other)}",
                 param="output",

@@ -90,7 +90,8 @@ def step_memory(
             "full": enters,
             "kernels": enters + kernels,
             "products": enters + kernels + q + 2 * kv + hidden + 2 * mlp,
-            "none": 4 * hidden + kernels + q + 2 * kv + 3 * mlp,  # both sums and norms; gate, up and their product
+            # Both sums and norms; gate, up and the product; beside adapters XLA also keeps what activates gate.
+            "none": 4 * hidden + kernels + q + 2 * kv + (4 if frozen else 3) * mlp,
         }[remat]
     computed = trained * itemsize if not frozen else 0
     return Memory(

@@ -228,7 +228,7 @@ class _Run:
 
     @property
     def _about(self) -> dict[str, str]:
-        return {"settings": self.base.settings.digest, "data": self.texts.digest}
+        return {"settings": self.base.settings.digest, "data": self.texts.digest, "base weights": self.base.digest}
 
     def _placed(self, batch: Batch) -> Batch:
         return place_batch(batch, self.base.settings.rows.parts, self.base.mesh)
