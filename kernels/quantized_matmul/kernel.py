@@ -189,9 +189,7 @@ def fused_product(
         def at(ref: Any) -> Any:
             return ref.at[out_row[None, :], column[:, None]]
 
-        squares = residual = gain = scales = None
-        if group is None and scales_ref is not None:
-            scales = plgpu.load(scales_ref.at[near_column // fold])
+        squares = residual = gain = None
         if squares_ref is not None and rows == fold:  # of the only row
             squares = load_tile(squares_ref, (jnp.zeros(1, jnp.int32),), next_power_of_2(squares_ref.shape[1]))
         if residual_ref is not None:
@@ -203,8 +201,8 @@ def fused_product(
         stop = jnp.minimum(start + share, steps)
         carry = (jnp.zeros((tiles.cols, tiles.rows), jnp.float32), *of_groups(start, []))
         total, *_ = jax.lax.fori_loop(start, stop, step, carry)
-        if scales is not None:
-            total = total * (scales.astype(jnp.float32) * unit)[:, None]
+        if group is None and scales_ref is not None:
+            total = total * (plgpu.load(scales_ref.at[near_column // fold]).astype(jnp.float32) * unit)[:, None]
         if fold > 1:
             total = _unfolded(total, place, row, fold)
         if spread:
