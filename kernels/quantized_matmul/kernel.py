@@ -175,8 +175,7 @@ def fused_product(
                     total += (more - added * scale) * sums
             return total, *ahead
 
-        # The part of the result that this program writes. What is beside it is read here: behind the loop, which has
-        # left nothing else to do, every read would be waited for.
+        # The part of the result that this program writes, and what is beside it.
         height = 1 if spread else tiles.rows // fold
         out_row = pl.program_id(1) * height + jnp.arange(height, dtype=jnp.int32)
         column = pl.program_id(0) * (width // fold) + jnp.arange(width // fold, dtype=jnp.int32)
@@ -185,16 +184,24 @@ def fused_product(
         if out % width or few is not None:
             real = (column < columns)[:, None]
             real = real if few is None else real & few[None, :]
+        alone = rows == fold
 
         def at(ref: Any) -> Any:
             return ref.at[out_row[None, :], column[:, None]]
 
-        squares = residual = gain = None
-        if squares_ref is not None and rows == fold:  # of the only row
-            squares = load_tile(squares_ref, (jnp.zeros(1, jnp.int32),), next_power_of_2(squares_ref.shape[1]))
-        if residual_ref is not None:
+        def read_squares() -> jax.Array:
+            row, mask = (jnp.zeros(1, jnp.int32), None) if alone else (out_row, few)
+            return load_tile(squares_ref, (row,), next_power_of_2(squares_ref.shape[1]), mask)
+
+        def read_residual() -> tuple[jax.Array, jax.Array]:
             residual = plgpu.load(at(residual_ref), mask=real, other=None if real is None else 0)
-            gain = plgpu.load(gain_ref.at[jnp.minimum(column, columns - 1) if out % width else column])
+            return residual, plgpu.load(gain_ref.at[jnp.minimum(column, columns - 1) if out % width else column])
+
+        # Behind the loop a program has nothing to do but wait for these. Where they need few registers, and codes need
+        # none, they are read before it.
+        early = scales_ref is None
+        squares = read_squares() if early and alone and squares_ref is not None else None
+        beside = read_residual() if early and residual_ref is not None else None
 
         # Where it is plain that nothing is negative, AMD's compiler loads by buffer, with no branches around masks.
         start = jnp.clip(part_of_row * share, 0, steps)
@@ -208,16 +215,16 @@ def fused_product(
         if spread:
             total = jnp.sum(total, axis=1)[:, None]
         if squares_ref is not None:
-            if squares is None:
-                squares = load_tile(squares_ref, (out_row,), next_power_of_2(squares_ref.shape[1]), few)
+            squares = read_squares() if squares is None else squares
             total *= jax.lax.rsqrt(jnp.sum(squares, axis=1) * (1 / size) + around.eps)[None, :]
         if around.activation is not None:
             gate, other = _apart(total, parts_of_out)
             total = around.activation(gate) * other
-        if residual is None or gain is None:
+        if residual_ref is None:
             out_at = out_ref.at[part_of_row, out_row[None, :], column[:, None]]
             plgpu.store(out_at, total.astype(out_ref.dtype), mask=real)
             return
+        residual, gain = read_residual() if beside is None else beside
         total = (total + residual.astype(jnp.float32)).astype(out_ref.dtype)
         plgpu.store(out_ref.at[part_of_row, out_row[None, :], column[:, None]], total, mask=real)
         total = total.astype(jnp.float32)
