@@ -74,7 +74,7 @@ def shares(
     ) -> None:
         row_block, index, head = pl.program_id(0), pl.program_id(1), pl.program_id(2)
         # Of one row it is known where the queries are, so that reading them waits for nothing.
-        row = row_ref[index] if call.batch > 1 else 0  # type: Any
+        row = row_ref[index] if call.batch > 1 else jnp.zeros((), jnp.int32)
         start, stop = start_ref[index], stop_ref[index]
 
         flat = row_block * height + jnp.arange(height, dtype=jnp.int32)
