@@ -150,7 +150,7 @@ def held_config(
     if (wanted := requested(weights)) is not None:
         held = config.replace(schemes=schemes(config.replace(schemes=()), wanted))
     else:
-        form = weights or usual_form(current().vendor, config.schemes, split=split, activations=activations)
+        form = weights or usual_form(current(), config.schemes, split=split, activations=activations)
         held = config.replace(schemes=()) if form == FLOAT else config
     check_activations(held, activations)
     return held

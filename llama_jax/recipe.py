@@ -8,9 +8,12 @@ from dataclasses import dataclass, replace
 
 from llama_jax.config import LlamaConfig
 from llama_jax.errors import RequestError, did_you_mean
+from llama_jax.kernels.dispatch.operation import REFERENCE
+from llama_jax.kernels.dispatch.tables import shipped_rules
 from llama_jax.params import canonical_specs
 from llama_jax.quantized import CODES, Layout, layout_named, stored_layout
 from llama_jax.quantized.methods import METHODS
+from llama_jax.targets import Target
 
 PLAIN = "bfloat16"
 """The name of what is not quantised, and what it is stored in."""
@@ -26,24 +29,28 @@ ACTIVATIONS = ("int8",)
 """Dtypes that inputs of quantised weights may be rounded to, token by token (`llama_jax.kernels.integer_matmul`)."""
 
 
-def usual_form(vendor: str, stored: Iterable[tuple[str, str]], *, split: bool, activations: str | None = None) -> str:
+def usual_form(
+    target: Target, stored: Iterable[tuple[str, str]], *, split: bool, activations: str | None = None
+) -> str:
     """The default form (docs/quantization.md has the measurements).
 
     On a CPU, decoding costs more time than reading fewer bytes saves. On AMD GPUs weights stay as they are stored. On
-    NVIDIA GPUs they do if kernels or XLA read the codes: integers, but not those of routed experts, on one device,
-    since XLA cannot partition kernels.
+    NVIDIA GPUs they do if kernels or XLA read the codes, on one device, since XLA cannot partition kernels: integers,
+    and those of routed experts where a kernel multiplies with them.
 
     Args:
+      target: the device.
       stored: leaves and their schemes, as `LlamaConfig.schemes`.
       split: whether the model is spread over several devices.
       activations: one of `ACTIVATIONS`, which are multiplied with codes; or None.
     """
-    if vendor == "amd" or activations is not None:
+    if target.vendor == "amd" or activations is not None:
         return STORED
-    if vendor == "cpu" or split:
+    if target.vendor == "cpu" or split:
         return FLOAT
+    experts = any(rule.backend != REFERENCE for rule in shipped_rules("quantized_moe", target))
     layouts = [(leaf, stored_layout(name)) for leaf, name in stored]
-    read = all(layout and layout.kind != "fp8" and ".experts." not in leaf for leaf, layout in layouts)
+    read = all(layout and layout.kind != "fp8" and (experts or ".experts." not in leaf) for leaf, layout in layouts)
     return STORED if read else FLOAT
 
 

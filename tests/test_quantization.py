@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import chex
@@ -27,6 +28,8 @@ from llama_jax.quantized.layout import OFFSETS, SCALES
 from llama_jax.quantized.nearest import encode
 from llama_jax.recipe import recipe, schemes, usual_form
 from llama_jax.schemes import Scheme, register_scheme, scheme_of
+from llama_jax.targets import find
+from llama_jax.targets.table import CPU
 
 LAYOUTS = (
     *("int8", "int8_g32", "int8_g32_min", "int8_g32_zero", "int4", "int4_g32", "int4_g64_min", "int4_g32_zero"),
@@ -236,13 +239,22 @@ def test_requests_that_are_refused(options: dict[str, object], param: str, says:
 
 def test_forms_that_nobody_names() -> None:
     """On one NVIDIA GPU as they are stored where codes are read as they lie; on AMD's always, on a CPU never."""
+    mi300x, h100, cpu = find("mi300x"), find("h100"), CPU
+    other_nvidia = dataclasses.replace(h100, arch="sm_120")
     integers = (("lm_head", "int8"), ("layers.0.attn.q_proj", "int4_g64_min"))
-    others = ((("lm_head", "fp8"),), (("layers.0.moe.experts.up_proj", "int4_g32"),), (("lm_head", "toy_rows"),))
-    for vendor, read, unread in (("amd", "stored", "stored"), ("nvidia", "stored", "float"), ("cpu", "float", "float")):
-        assert usual_form(vendor, integers, split=False) == read
-        assert {usual_form(vendor, (*integers, *other), split=False) for other in others} == {unread}
-    assert usual_form("nvidia", integers, split=True) == "float"
-    assert usual_form("amd", integers, split=True) == "stored"
+    experts = (*integers, ("layers.0.moe.experts.up_proj", "int4_g32"))
+    others = ((("lm_head", "fp8"),), (("lm_head", "toy_rows"),))
+    for target, read, routed, unread in (
+        (mi300x, "stored", "stored", "stored"),
+        (h100, "stored", "stored", "float"),
+        (other_nvidia, "stored", "float", "float"),
+        (cpu, "float", "float", "float"),
+    ):
+        assert usual_form(target, integers, split=False) == read
+        assert usual_form(target, experts, split=False) == routed
+        assert {usual_form(target, (*integers, *other), split=False) for other in others} == {unread}
+    assert usual_form(h100, integers, split=True) == "float"
+    assert usual_form(mi300x, integers, split=True) == "stored"
 
 
 def test_rows_that_do_not_divide() -> None:

@@ -134,6 +134,8 @@ def decode_cases() -> Sequence[Case]:
         ),
         make("paged, 8 queries d80", head_dim=80, q_len=8, page_size=16),
         make("one key/value head d128", head_dim=128, heads=8, kv_heads=1),
+        make("one row, paged d128", batch=1, head_dim=128, page_size=64),
+        make("one row, window, sinks d64", batch=1, head_dim=64, visibility=Visibility("sliding", 100), sinks=True),
         make("shares of fixed length, paged d128", head_dim=128, prefix=1100, page_size=64, batch_invariant=True),
         make("int8, paged d128", head_dim=128, page_size=64, scheme="int8", quick=True),
         make("int8, 4 queries, soft cap, sinks d80", head_dim=80, q_len=4, soft_cap=9.0, sinks=True, scheme="int8"),

@@ -175,6 +175,34 @@ def fused_product(
                     total += (more - added * scale) * sums
             return total, *ahead
 
+        # The part of the result that this program writes, and what is beside it.
+        height = 1 if spread else tiles.rows // fold
+        out_row = pl.program_id(1) * height + jnp.arange(height, dtype=jnp.int32)
+        column = pl.program_id(0) * (width // fold) + jnp.arange(width // fold, dtype=jnp.int32)
+        few = None if spread or rows % tiles.rows == 0 else out_row < rows // fold
+        real = None
+        if out % width or few is not None:
+            real = (column < columns)[:, None]
+            real = real if few is None else real & few[None, :]
+        alone = rows == fold
+
+        def at(ref: Any) -> Any:
+            return ref.at[out_row[None, :], column[:, None]]
+
+        def read_squares() -> jax.Array:
+            row, mask = (jnp.zeros(1, jnp.int32), None) if alone else (out_row, few)
+            return load_tile(squares_ref, (row,), next_power_of_2(squares_ref.shape[1]), mask)
+
+        def read_residual() -> tuple[jax.Array, jax.Array]:
+            residual = plgpu.load(at(residual_ref), mask=real, other=None if real is None else 0)
+            return residual, plgpu.load(gain_ref.at[jnp.minimum(column, columns - 1) if out % width else column])
+
+        # Behind the loop a program has nothing to do but wait for these. Where they need few registers, and codes need
+        # none, they are read before it.
+        early = scales_ref is None
+        squares = read_squares() if early and alone and squares_ref is not None else None
+        beside = read_residual() if early and residual_ref is not None else None
+
         # Where it is plain that nothing is negative, AMD's compiler loads by buffer, with no branches around masks.
         start = jnp.clip(part_of_row * share, 0, steps)
         stop = jnp.minimum(start + share, steps)
@@ -184,40 +212,29 @@ def fused_product(
             total = total * (plgpu.load(scales_ref.at[near_column // fold]).astype(jnp.float32) * unit)[:, None]
         if fold > 1:
             total = _unfolded(total, place, row, fold)
-            row = pl.program_id(1) * (tiles.rows // fold) + jnp.arange(tiles.rows // fold, dtype=jnp.int32)
         if spread:
-            total, row = jnp.sum(total, axis=1)[:, None], jnp.zeros(1, jnp.int32)
-        few = None if spread or rows % tiles.rows == 0 else row < rows // fold
+            total = jnp.sum(total, axis=1)[:, None]
         if squares_ref is not None:
-            squares = load_tile(squares_ref, (row,), next_power_of_2(squares_ref.shape[1]), few)
+            squares = read_squares() if squares is None else squares
             total *= jax.lax.rsqrt(jnp.sum(squares, axis=1) * (1 / size) + around.eps)[None, :]
         if around.activation is not None:
             gate, other = _apart(total, parts_of_out)
             total = around.activation(gate) * other
-        column = pl.program_id(0) * (width // fold) + jnp.arange(width // fold, dtype=jnp.int32)
-        real = None
-        if out % width or few is not None:
-            real = (column < columns)[:, None]
-            real = real if few is None else real & few[None, :]
-
-        def at(ref: Any) -> Any:
-            return ref.at[row[None, :], column[:, None]]
-
         if residual_ref is None:
-            plgpu.store(out_ref.at[part_of_row, row[None, :], column[:, None]], total.astype(out_ref.dtype), mask=real)
+            out_at = out_ref.at[part_of_row, out_row[None, :], column[:, None]]
+            plgpu.store(out_at, total.astype(out_ref.dtype), mask=real)
             return
-        residual = plgpu.load(at(residual_ref), mask=real, other=None if real is None else 0)
+        residual, gain = read_residual() if beside is None else beside
         total = (total + residual.astype(jnp.float32)).astype(out_ref.dtype)
-        plgpu.store(out_ref.at[part_of_row, row[None, :], column[:, None]], total, mask=real)
+        plgpu.store(out_ref.at[part_of_row, out_row[None, :], column[:, None]], total, mask=real)
         total = total.astype(jnp.float32)
-        gain = plgpu.load(gain_ref.at[jnp.minimum(column, columns - 1) if out % width else column])
         plgpu.store(at(gained_ref), (total * gain.astype(jnp.float32)[:, None]).astype(gained_ref.dtype), mask=real)
         squares = total * total if real is None else jnp.where(real, total * total, 0.0)
         sums = jnp.sum(squares.reshape(-1, SQUARED, squares.shape[1]), axis=1)
         first = pl.program_id(0) * len(sums) + jnp.arange(len(sums), dtype=jnp.int32)
         some = None if real is None else (first < columns // SQUARED)[:, None]
         some = some if few is None or some is None else some & few[None, :]
-        plgpu.store(sums_ref.at[row[None, :], first[:, None]], sums, mask=some)
+        plgpu.store(sums_ref.at[out_row[None, :], first[:, None]], sums, mask=some)
 
     if around is not NOTHING:
         quantized_matmul.__name__ = "fused_matmul"

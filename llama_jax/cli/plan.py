@@ -107,7 +107,7 @@ def command(
     chosen = _target(target)
     config = find_config(model)
     several = mesh is not None or tp is not None or (devices or 1) > 1
-    form = usual_form(chosen.vendor, config.schemes, split=several, activations=activations)
+    form = usual_form(chosen, config.schemes, split=several, activations=activations)
     if recipe is not None or form == FLOAT:
         config = config.replace(schemes=())
     if recipe is not None:

@@ -73,7 +73,9 @@ def shares(
         lse_ref: Any,
     ) -> None:
         row_block, index, head = pl.program_id(0), pl.program_id(1), pl.program_id(2)
-        row, start, stop = row_ref[index], start_ref[index], stop_ref[index]
+        # Of one row it is known where the queries are, so that reading them waits for nothing.
+        row = row_ref[index] if call.batch > 1 else jnp.zeros((), jnp.int32)
+        start, stop = start_ref[index], stop_ref[index]
 
         flat = row_block * height + jnp.arange(height, dtype=jnp.int32)
         query = jnp.minimum(flat // call.group, call.queries - 1)
@@ -164,20 +166,25 @@ def combine(
 ) -> jax.Array:
     """The result [batch, queries, q_heads, head_dim] from what `shares` returns."""
     at_a_time = call.combined
+    # All shares there can be of the only row are read at once: none waits for the number of those that there are.
+    at_once = call.batch == 1 and call.most_shares <= at_a_time
 
     def decode_attention_combine(
         first_ref: Any, end_ref: Any, part_ref: Any, lse_ref: Any, sinks_ref: Any, out_ref: Any
     ) -> None:
         row, q_head, query = pl.program_id(0), pl.program_id(1), pl.program_id(2)
-        start, stop = first_ref[row], end_ref[row]
+        start, stop = 0 if at_once else first_ref[row], end_ref[row]
         head, flat = q_head // call.group, query * call.group + q_head % call.group
 
-        def step(i: jax.Array, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+        def step(i: jax.Array | int, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
             total, top, acc = carry
             index = start + i * at_a_time + jnp.arange(at_a_time, dtype=jnp.int32)
             real = index < stop
-            lse = plgpu.load(lse_ref.at[index, head, flat], mask=real, other=MASKED)
-            part = load_tile(part_ref, (index, head, flat), call.width, real)
+            read = index < call.most_shares if at_once else real
+            lse = plgpu.load(lse_ref.at[index, head, flat], mask=read, other=MASKED)
+            part = load_tile(part_ref, (index, head, flat), call.width, read)
+            if at_once:
+                lse, part = jnp.where(real, lse, MASKED), jnp.where(real[:, None], part, 0.0)
             above = jnp.maximum(top, jnp.max(lse))
             weights, decay = exp2(lse - above), exp2(top - above)
             return total * decay + jnp.sum(weights), above, acc * decay + jnp.sum(weights[:, None] * part, axis=0)
@@ -185,8 +192,11 @@ def combine(
         total, top, acc = jnp.float32(0), jnp.float32(NONE), jnp.zeros((call.width,), jnp.float32)
         if sinks_ref is not None:  # a slot that everyone sees, with a value of zeros
             total, top = jnp.float32(1), plgpu.load(sinks_ref.at[q_head]).astype(jnp.float32) * LOG2_E
-        steps = (stop - start + at_a_time - 1) // at_a_time
-        total, _, acc = jax.lax.fori_loop(0, steps, step, (total, top, acc))
+        if at_once:
+            total, _, acc = step(0, (total, top, acc))
+        else:
+            steps = (stop - start + at_a_time - 1) // at_a_time
+            total, _, acc = jax.lax.fori_loop(0, steps, step, (total, top, acc))
         store_tile(out_ref, (row, query, q_head), (acc / jnp.where(total > 0, total, 1.0))[None])
 
     return launch(
