@@ -27,6 +27,8 @@ from llama_jax.model.quantization import quantize_params
 from llama_jax.model.weights import linear
 from llama_jax.quantized.layout import ORDER, pack_codes
 from llama_jax.recipe import check_activations, recipe, usual_form
+from llama_jax.targets import find
+from llama_jax.targets.table import CPU
 
 LAYOUTS = ("int8", "int4", "int8_g32", "int4_g32", "int4_g64_min", "int4_g32_zero", "int4_g32_min_bf16")
 
@@ -151,8 +153,8 @@ def test_requests() -> None:
     check_activations(grouped, "int8")
     check_activations(tiny_config().replace(schemes=(("layers.0.attn.q_proj", "int4_g32_zero_ordered"),)), "int8")
     assert not multiplies(layout_of("fp8_g128"))
-    for vendor in ("cpu", "nvidia", "amd"):
-        assert usual_form(vendor, config.schemes, split=False, activations="int8") == "stored"
+    for target in (CPU, find("h100"), find("mi300x")):
+        assert usual_form(target, config.schemes, split=False, activations="int8") == "stored"
 
 
 def test_loading(tmp_path: Path) -> None:

@@ -68,7 +68,7 @@ def test_linear_keeps_the_dtype_and_sums_in_float32(dtype: str) -> None:
     assert float(out[0, 0]) == pytest.approx(exact, rel=5e-3)  # a bfloat16 sum would stop at 256
     leaf = {"weight": weight, "bias": jnp.ones(1, jnp.float32)}
     for slots in (2, 8):
-        adapter = {"a": jnp.ones((slots, 2, 4096)), "b": jnp.ones((slots, 1, 2)), "scale": jnp.full(slots, 0.5)}
+        adapter = {"a": jnp.ones((slots, 2, 4096)), "b": jnp.ones((slots, 2, 1)), "scale": jnp.full(slots, 0.5)}
         assert linear(x, leaf, Adapters(adapter, jnp.ones(1, jnp.int32))).dtype == jnp.dtype(dtype)
 
 
