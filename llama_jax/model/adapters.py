@@ -176,7 +176,8 @@ def put_adapter(slots: Params, slot: int, adapter: Mapping[str, Any]) -> Params:
         most, width = full[f"{name}.a"].shape
         out = full[f"{name}.b"].shape[1]
         rank = len(a) if a.ndim else 0
-        wanted = {member: (out,) for member in members} | {"a": (rank, width), "b": (out, rank), "scale": ()}
+        wanted: dict[str, tuple[int, ...]] = dict.fromkeys(members, (out,))
+        wanted |= {"a": (rank, width), "b": (out, rank), "scale": ()}
         found = {member: x.shape for member, x in arrays.items()}
         if found != wanted or not 0 < rank <= most:
             raise RequestError(
