@@ -1,4 +1,4 @@
-"""Measures every row of docs/benchmarks.md that this machine can, one program after the other.
+"""Measures static batches, the engine and the kernels for docs/benchmarks.md, one program after the other.
 
     python scripts/reproduce.py            # into measured/TARGET/
     python scripts/reproduce.py --list     # what would run here, and what would not, with the reason

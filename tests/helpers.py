@@ -125,6 +125,17 @@ def error(actual: Any, expected: Any, where: np.ndarray | None = None) -> float:
     return float(np.abs(actual - expected).max() / np.abs(expected).max())
 
 
+def assert_gradient(function: Callable[[Params], jax.Array], params: Params) -> None:
+    """The gradient in a random direction is the slope between the points 1e-2 away on either side."""
+    gradient = jax.jit(jax.grad(function))(params)
+    rng = np.random.default_rng(0)
+    direction = jax.tree.map(lambda x: jnp.asarray(rng.standard_normal(x.shape), jnp.float32), params)
+    step = 1e-2 / float(sum(jnp.vdot(d, d) for d in jax.tree.leaves(direction))) ** 0.5
+    ends = [function(jax.tree.map(lambda x, d, s=s: x + s * step * d, params, direction)) for s in (-1, 1)]
+    slope = sum(jnp.vdot(g, d) for g, d in zip(*map(jax.tree.leaves, (gradient, direction)), strict=True))
+    np.testing.assert_allclose((ends[1] - ends[0]) / (2 * step), slope, rtol=3e-3)
+
+
 def tiny_config(*layers: LayerSpec, **changes: Any) -> LlamaConfig:
     """A configuration that compiles in no time; `changes` are fields of `LlamaConfig`."""
     fields: dict[str, Any] = {

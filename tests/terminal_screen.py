@@ -1,9 +1,14 @@
-"""A terminal's screen, as far as the chat uses one: text with its lines, cursor movements, erasing."""
+"""A terminal's screen, as far as the chat uses one: text with its lines, cursor movements, erasing; and one with
+`llama-jax top` in it."""
 
 from __future__ import annotations
 
+import os
+import pty
 import re
+import subprocess
 import unicodedata
+from collections.abc import Mapping, Sequence
 
 _PART = re.compile(r"\x1b\[([\d;?]*)([A-Za-z])|([\s\S])")
 
@@ -60,3 +65,24 @@ class TerminalScreen:
     def text(self) -> str:
         """All lines, those that have left the screen too."""
         return "\n".join("".join(line).rstrip() for line in self._lines).rstrip()
+
+
+def show_top(command: Sequence[str], key: bytes, environment: Mapping[str, str] = os.environ) -> None:
+    """Runs `llama-jax top` in a terminal until it shows a running request, and ends it by a key."""
+    master, slave = pty.openpty()
+    environment = {**environment, "TERM": "xterm", "PROMPT_TOOLKIT_NO_CPR": "1"}
+    with subprocess.Popen(command, stdin=slave, stdout=slave, stderr=slave, env=environment) as shown:
+        os.close(slave)
+        text = b""
+        while b"leaves" not in text:
+            text += os.read(master, 1 << 16)
+        assert b"running" in text
+        os.write(master, key)
+        while True:
+            try:
+                if not os.read(master, 1 << 16):
+                    break
+            except OSError:  # the other side is closed
+                break
+    os.close(master)
+    assert shown.returncode == 0

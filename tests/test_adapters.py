@@ -157,6 +157,10 @@ def test_adapters_that_do_not_fit_a_slot() -> None:
             put_adapter(slots, slot, unflatten(tree))
         assert caught.value.hint
     put_adapter(slots, 1, unflatten({name: sound}))
+    slots = empty_slots(CONFIG, slots=3, rank=2, targets=("q_proj",), more=("gain",))
+    for gain in (np.ones(31), np.ones(1), np.float32(1)):  # the last two would be broadcast
+        with pytest.raises(RequestError, match=re.escape("other members [32]")):
+            put_adapter(slots, 1, unflatten({name: sound | {"gain": gain}}))
 
 
 def test_arguments_of_forward_that_do_not_fit() -> None:

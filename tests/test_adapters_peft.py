@@ -337,7 +337,7 @@ def test_gradients_reach_every_array() -> None:
     assert abs(slope - difference) < 2e-2 * abs(difference) + 1e-3
 
 
-def test_errors_are_of_this_package(tmp_path: Path) -> None:
+def test_errors_are_of_this_package() -> None:
     with pytest.raises(LlamaJaxError):
         attach(
             *attach(base_of("plain-llama").params, PLAIN, load_adapter(LORA / "plain-llama", PLAIN)),

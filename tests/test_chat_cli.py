@@ -276,7 +276,7 @@ def test_edit(session: Session, monkeypatch: pytest.MonkeyPatch, tmp_path: Path)
     assert session.conversation == before
 
 
-def test_branches(session: Session, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_branches(session: Session, capsys: pytest.CaptureFixture[str]) -> None:
     for text in ("one", "two", "/set temperature 5", "/retry"):
         session.handle(text)
     first, second = session.conversation.branches

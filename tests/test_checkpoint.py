@@ -286,7 +286,7 @@ def test_missing_folder(tmp_path: Path) -> None:
         open_checkpoint(tmp_path)
 
 
-def test_existing_folders_are_safe(sound: Path, tmp_path: Path) -> None:
+def test_existing_folders_are_safe(tmp_path: Path) -> None:
     path, leaves = written(tmp_path)
     params = unflatten(random_leaves(CONFIG, seed=1))
     with pytest.raises(StorageError, match="exists"):

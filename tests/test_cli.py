@@ -610,7 +610,7 @@ def test_printable_leaves_no_control_character(text: str) -> None:
     assert not [c for c in printable(text) if (ord(c) < 32 or 127 <= ord(c) < 160) and c not in "\n\t"]
 
 
-def test_terminal_gets_no_escapes_and_a_pipe_gets_the_text(tmp_path: Path) -> None:
+def test_terminal_gets_no_escapes_and_a_pipe_gets_the_text() -> None:
     code = "from llama_jax.cli.terminal import write_text; write_text('x\\x1b[31my\\n')"
     piped = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True)
     assert piped.stdout == b"x\x1b[31my\n"

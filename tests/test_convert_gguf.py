@@ -37,13 +37,7 @@ LLAMA4 = tiny_models.LLAMA4 | {"attention_chunk_size": 8192}
 # Quantised rows are blocks of 32.
 WIDE = LLAMA | {"hidden_size": 64, "intermediate_size": 96, "head_dim": 16}
 
-
-@pytest.fixture(autouse=True)
-def without_tokenizer(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The tiny files have no vocabulary; that of a real one is the subject of the tokenizer's own tests."""
-    import llama_jax.convert.gguf_tokenizer as module
-
-    monkeypatch.setattr(module, "tokenizer_files", lambda metadata: {"tokenizer.json": "{}"})
+pytestmark = pytest.mark.usefixtures("without_tokenizer")
 
 
 @pytest.mark.parametrize(

@@ -28,12 +28,7 @@ NOT_DECODED = {Kind.Q8_1, Kind.Q8_K} | {Kind[name] for name in ("Q1_0",) if name
 """Types that llama.cpp uses for intermediate results, or that its package cannot decode."""
 QUANTISED = [kind for kind in Kind if kind not in PLAIN | INTEGERS | NOT_DECODED]
 
-
-@pytest.fixture(autouse=True)
-def without_tokenizer(monkeypatch: pytest.MonkeyPatch) -> None:
-    import llama_jax.convert.gguf_tokenizer as module
-
-    monkeypatch.setattr(module, "tokenizer_files", lambda metadata: {"tokenizer.json": "{}"})
+pytestmark = pytest.mark.usefixtures("without_tokenizer")
 
 
 def write_tensor(path: Path, raw: np.ndarray, kind: Kind) -> None:

@@ -199,13 +199,11 @@ def test_codes_of_gguf_are_the_packages(kind: Kind) -> None:
     np.testing.assert_array_equal(found[normal], expected[normal])
 
 
+@pytest.mark.usefixtures("without_tokenizer")
 @pytest.mark.parametrize("kind", [Kind.Q4_0, Kind.Q4_1, Kind.Q8_0], ids=lambda kind: kind.name)
 @pytest.mark.parametrize("hf", [WIDE, MIXTURE], ids=["dense", "experts"])
-def test_gguf(kind: Kind, hf: dict[str, object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gguf(kind: Kind, hf: dict[str, object], tmp_path: Path) -> None:
     """As the gguf package decodes them, rows of rotated heads in our order, stacks of experts among them."""
-    import llama_jax.convert.gguf_tokenizer as module
-
-    monkeypatch.setattr(module, "tokenizer_files", lambda metadata: {"tokenizer.json": "{}"})
     write_gguf(tmp_path / "m.gguf", hf, quantisation=kind)
     with closing(open_source(tmp_path / "m.gguf")) as source:
         plain = decoded(source)

@@ -651,7 +651,7 @@ def test_any_rank_file_is_an_error_or_a_tokenizer(data: st.DataObject) -> None:
     assert len(set(ranked)) == len(ranked) >= 256
 
 
-def test_dtypes(tmp_path: Path, stored: Callable[[str, int], Path]) -> None:
+def test_dtypes(stored: Callable[[str, int], Path]) -> None:
     source = open_source(stored("llama3.1", 2))
     assert {source.dtype(spec) for spec in param_specs(source.config)} == {BFLOAT16}
     source.close()

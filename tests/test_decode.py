@@ -98,7 +98,7 @@ def test_chunks_divide_the_prompt_and_bound_the_memory(
         assert (4 + 2) * batch * heads * chunk * shape["capacity"] <= chunks.ATTENTION_BYTES
 
 
-def test_chunks_follow_from_what_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_chunks_follow_from_what_runs() -> None:
     """A named backend, and a cache that the kernel does not take, are what the length follows from."""
     config, target = tiny_config(num_heads=32, num_kv_heads=8, head_dim=128), find("mi300x")
 

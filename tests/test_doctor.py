@@ -236,7 +236,9 @@ def test_probe_that_crashes() -> None:
 
 def test_missing_packages_are_named_with_the_command() -> None:
     versions: dict[str, str | None] = dict.fromkeys(PACKAGES, "1")
-    assert status(check_packages(versions)) == {"packages": "ok"}
+    (sound,) = check_packages(versions)
+    assert sound.status == "ok"
+    assert f"packages: {sound.detail}" in (Path(__file__).parents[1] / "docs/rocm.md").read_text(encoding="utf-8")
     (check,) = check_packages(versions | {"gguf": None, "prompt-toolkit": None})
     assert check.status == "problem"
     assert check.fix == "pip install 'gguf>=0.19.0' 'prompt-toolkit>=3.0.50'"

@@ -7,7 +7,6 @@ import dataclasses
 import gc
 import json
 import os
-import pty
 import signal
 import socket
 import subprocess
@@ -26,6 +25,7 @@ import pytest
 from click.testing import CliRunner, Result
 from engines import run, small_settings, some_requests, tiny_model
 from helpers import tiny_config
+from terminal_screen import show_top
 
 from llama_jax.cli import cli
 from llama_jax.cli.bench_options import Subject
@@ -552,24 +552,7 @@ def test_top(elsewhere: subprocess.Popen[str], meeting: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("key", [b"q", b"\x03"])
 def test_top_in_a_terminal(elsewhere: subprocess.Popen[str], key: bytes) -> None:
-    master, slave = pty.openpty()
-    with subprocess.Popen(
-        TOP, stdin=slave, stdout=slave, stderr=slave, env=os.environ | {"TERM": "xterm", "PROMPT_TOOLKIT_NO_CPR": "1"}
-    ) as shown:
-        os.close(slave)
-        text = b""
-        while b"leaves" not in text:
-            text += os.read(master, 1 << 16)
-        assert b"running" in text
-        os.write(master, key)
-        while True:
-            try:
-                if not os.read(master, 1 << 16):
-                    break
-            except OSError:  # the other side is closed
-                break
-    os.close(master)
-    assert shown.returncode == 0
+    show_top(TOP, key)
 
 
 def test_top_needs_no_jax(meeting: Path) -> None:

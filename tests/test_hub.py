@@ -582,7 +582,7 @@ def test_other_errors_are_not_the_hubs(error: Exception) -> None:
 # --- The disk ---------------------------------------------------------------------------------------------------------
 
 
-def test_space_is_looked_at_first(hub: FakeHub, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_space_is_looked_at_first(hub: FakeHub, monkeypatch: pytest.MonkeyPatch) -> None:
     free = 64 * 2**20 + 60_000  # enough for the download, not for the conversion as well
     monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**9, 10**9, free))
     e = refusal(hub)

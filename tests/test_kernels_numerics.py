@@ -467,7 +467,7 @@ def test_a_child_that_cannot_start() -> None:
     assert "no device" in finding.detail
 
 
-def test_the_real_child(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_the_real_child(tmp_path: Path) -> None:
     """On a CPU: nothing but the interpreted kernels, and the result is kept."""
     child = "from llama_jax.kernels.checking.startup import *\nimport llama_jax.kernels.checking.startup as s\n"
     child += "s._operations = dict\nreport_checks({})"

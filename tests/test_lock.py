@@ -86,8 +86,8 @@ def test_lock_of_a_folder(tmp_path: Path, dtype: str | None) -> None:
     )
 
 
-def test_lock_of_a_gguf_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("llama_jax.convert.gguf_tokenizer.tokenizer_files", lambda metadata: {"tokenizer.json": "{}"})
+@pytest.mark.usefixtures("without_tokenizer")
+def test_lock_of_a_gguf_file(tmp_path: Path) -> None:
     leaves = write_gguf(tmp_path / "m.gguf", LLAMA)
     path = convert(tmp_path / "m.gguf", tmp_path / "out")
     lock = read_lock(path)

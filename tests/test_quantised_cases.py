@@ -305,7 +305,8 @@ def fp8_model(gate: np.ndarray, up: np.ndarray) -> tuple[dict[str, Any], dict[st
     return hf | {"quantization_config": {"quant_method": "fp8", "weight_block_size": None}}, tensors
 
 
-def test_14_types_that_differ_within_a_fused_matrix(tmp_path: Path, without_tokenizer: None) -> None:
+@pytest.mark.usefixtures("without_tokenizer")
+def test_14_types_that_differ_within_a_fused_matrix(tmp_path: Path) -> None:
     """llama.cpp's Q4_K_M has values in Q6_K beside queries and keys in Q4_K: each keeps its own, and none is joined
     with what is unlike it."""
     hf = LLAMA | {"hidden_size": 256, "intermediate_size": 256, "head_dim": 64, "num_hidden_layers": 1}
@@ -324,7 +325,8 @@ def test_14_types_that_differ_within_a_fused_matrix(tmp_path: Path, without_toke
     assert error(run(fused, stored, tokens)[0], run(plain, floats, tokens)[0]) < 2e-5
 
 
-def test_15_rows_without_a_k_type(tmp_path: Path, without_tokenizer: None) -> None:
+@pytest.mark.usefixtures("without_tokenizer")
+def test_15_rows_without_a_k_type(tmp_path: Path) -> None:
     """Rows of 576 do not divide into blocks of 256: llama.cpp writes them in Q5_0 or Q8_0, which are kept, too; a file
     that claims otherwise is damaged."""
     hf = LLAMA | {"hidden_size": 576, "intermediate_size": 512, "head_dim": 64, "num_hidden_layers": 1}
@@ -338,13 +340,6 @@ def test_15_rows_without_a_k_type(tmp_path: Path, without_tokenizer: None) -> No
     (tmp_path / "n.gguf").write_bytes(raw[:at] + bytes([Kind.Q6_K]) + raw[at + 1 :])
     with pytest.raises(CheckpointError, match="rows do not divide into blocks of 256"):
         open_source(tmp_path / "n.gguf")
-
-
-@pytest.fixture
-def without_tokenizer(monkeypatch: pytest.MonkeyPatch) -> None:
-    import llama_jax.convert.gguf_tokenizer as module
-
-    monkeypatch.setattr(module, "tokenizer_files", lambda metadata: {"tokenizer.json": "{}"})
 
 
 def write_mixed(path: Path, hf: dict[str, Any], kind_of: Any) -> None:

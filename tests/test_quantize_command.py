@@ -70,9 +70,7 @@ def test_the_same_as_in_memory(folder: Path, plain: Path, tmp_path: Path) -> Non
             np.testing.assert_array_equal(leaf, wanted_leaf.astype(kept))
 
 
-def test_what_was_stopped_resumes(
-    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
-) -> None:
+def test_what_was_stopped_resumes(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Only what is missing is quantised again; the result and its errors are those of one run."""
     wanted, whole, found = recipe("int8"), dict[str, float](), dict[str, float]()
     once = convert(folder, tmp_path / "once", recipe=wanted, quantised=whole.__setitem__)

@@ -183,7 +183,7 @@ def test_rm_that_cannot(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert is_checkpoint(model)
 
 
-def test_rm_the_default_model(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rm_the_default_model(cache: Path, tmp_path: Path) -> None:
     write_hf(tmp_path / "hf", LLAMA)
     path = convert(tmp_path / "hf", library.converted.default_path())
     kept = cache / "downloads" / bundled.GGUF
@@ -199,7 +199,7 @@ def test_rm_the_default_model(cache: Path, tmp_path: Path, monkeypatch: pytest.M
 # --- rm of hub models -------------------------------------------------------------------------------------------------
 
 
-def test_rm_by_hub_name(hub: FakeHub, tmp_path: Path) -> None:
+def test_rm_by_hub_name(hub: FakeHub) -> None:
     old = library.pull("org/name", notify=lambda _: None)
     hub.commit, hub.files["README.md"] = "f" * 40, b"news\n"
     new = library.pull("org/name", notify=lambda _: None)
@@ -241,7 +241,7 @@ def test_rm_unfinished_downloads(cache: Path, tmp_path: Path) -> None:
     assert (other / "blobs" / part.name).exists()
 
 
-def test_rm_leaves_what_is_being_downloaded(hub: FakeHub, tmp_path: Path) -> None:
+def test_rm_leaves_what_is_being_downloaded(hub: FakeHub) -> None:
     pulled = library.pull("org/name", convert=False, notify=lambda _: None)
     lock = library.hub_cache.lock_path("org/name")
     with Writing(lock.with_suffix("")):

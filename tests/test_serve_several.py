@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import pty
 import signal
 import subprocess
 import sys
@@ -15,6 +14,7 @@ from typing import Any
 
 import pytest
 from server_process import KEY, serving
+from terminal_screen import show_top
 from tiny_chat_model import write_chat_model
 
 pytestmark = pytest.mark.slow
@@ -88,21 +88,5 @@ def test_top(said: dict[str, Any]) -> None:
 
 
 def test_top_in_a_terminal(said: dict[str, Any]) -> None:
-    master, slave = pty.openpty()
     command = [sys.executable, "-m", "llama_jax.cli", "top", "--url", said["url"], "--interval", "0.2"]
-    environment = ENVIRONMENT | {"TERM": "xterm", "PROMPT_TOOLKIT_NO_CPR": "1"}
-    with subprocess.Popen(command, stdin=slave, stdout=slave, stderr=slave, env=environment) as shown:
-        os.close(slave)
-        text = b""
-        while b"leaves" not in text:
-            text += os.read(master, 1 << 16)
-        assert b"running" in text
-        os.write(master, b"q")
-        while True:
-            try:
-                if not os.read(master, 1 << 16):
-                    break
-            except OSError:  # the other side is closed
-                break
-    os.close(master)
-    assert shown.returncode == 0
+    show_top(command, b"q", ENVIRONMENT)

@@ -113,7 +113,7 @@ def allowed(mode: str, *names: str) -> dict[str, Any]:
     return {"type": "allowed_tools", "allowed_tools": {"mode": mode, "tools": tools}}
 
 
-def test_allowed_tools(server: Server, scripted: Scripted) -> None:
+def test_allowed_tools(scripted: Scripted) -> None:
     """The model is told of all tools, so that the prompt stays the same, and may call some."""
     text = '<tool_call>\n{"name": "now"}\n</tool_call>'
     (made,) = scripted(text, tool_choice=allowed("auto", "now"))["choices"]

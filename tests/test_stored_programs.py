@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -154,6 +155,13 @@ def test_files_of_others_are_made_again(folder: Path, monkeypatch: pytest.Monkey
         patch.setattr(stored.serialize_executable, "deserialize_and_load", Mock(side_effect=ValueError("no")))
         with pytest.warns(RuntimeWarning, match="cannot be read, and is made again: no"):
             assert compiled(new_core()) == (0, 2)
+    assert compiled(new_core()) == (2, 2)
+
+
+@pytest.mark.usefixtures("small")
+def test_programs_are_read_from_a_disk_that_takes_no_writes(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled(new_core())
+    monkeypatch.setattr(stored.os, "utime", Mock(side_effect=OSError(errno.EROFS, "Read-only file system")))
     assert compiled(new_core()) == (2, 2)
 
 

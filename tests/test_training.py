@@ -12,9 +12,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
-from helpers import GOLDENS, TINY, on_eight_devices, random_params, random_tokens, tiny_config
+from helpers import GOLDENS, TINY, assert_gradient, on_eight_devices, random_params, random_tokens, tiny_config
 
 from llama_jax.adapters import LoraConfig, attach, load_adapter, new_adapter
 from llama_jax.checkpoint.build import load_source
@@ -113,14 +112,7 @@ def test_gradient_is_that_of_finite_differences() -> None:
     config = TINY["plain"]
     params, batch = random_params(config), packed(config)
     mean = jax.jit(lambda p: loss(p, config, batch)[0] / 30)
-    gradient = jax.jit(jax.grad(mean))(params)
-    rng = np.random.default_rng(0)
-    direction = jax.tree.map(lambda x: jnp.asarray(rng.standard_normal(x.shape), jnp.float32), params)
-    direction = jax.tree.map(lambda x: x / optax.tree.norm(direction), direction)
-    step = 1e-2
-    ends = [mean(jax.tree.map(lambda x, d, s=s: x + s * step * d, params, direction)) for s in (-1, 1)]
-    slope = sum(jnp.vdot(g, d) for g, d in zip(*map(jax.tree.leaves, (gradient, direction)), strict=True))
-    np.testing.assert_allclose((ends[1] - ends[0]) / (2 * step), slope, rtol=3e-3)
+    assert_gradient(mean, params)
 
 
 @pytest.mark.parametrize("remat", [name for name in REMAT if name != "none"])

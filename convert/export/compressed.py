@@ -54,7 +54,7 @@ def export_compressed(
     _check(source, packed)
     names = find_family(source.config.family).tensor_names
     specs = {renamed(spec.hf, names): spec for spec in canonical_specs(source.config)}
-    plans = {name: _plans(name, spec, packed.get(spec.leaf), source, plain) for name, spec in specs.items()}
+    plans = {name: _plans(name, spec, packed.get(spec.leaf), plain) for name, spec in specs.items()}
     tensors = {name: plan for own in plans.values() for name, plan in own.items()}
     total, done = sum(plan.nbytes for plan in tensors.values()), 0
     files = checked_files(source.checkpoint, FILES)
@@ -139,9 +139,7 @@ def _check(source: CheckpointSource, packed: Mapping[str, Layout]) -> None:
         )
 
 
-def _plans(
-    name: str, spec: ParamSpec, layout: Layout | None, source: CheckpointSource, plain: PlainSource
-) -> dict[str, TensorPlan]:
+def _plans(name: str, spec: ParamSpec, layout: Layout | None, plain: PlainSource) -> dict[str, TensorPlan]:
     if layout is None or spec.path[-1] != "weight":
         return {name: TensorPlan(plain.dtype(spec).name, spec.shape)}
     (rows, columns), per_word = spec.shape, 32 // layout.bits

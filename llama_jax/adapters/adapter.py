@@ -12,6 +12,7 @@ import numpy as np
 
 from llama_jax.checkpoint.format import Digest
 from llama_jax.config import LlamaConfig
+from llama_jax.model.adapters import by_leaf
 from llama_jax.params import Params, canonical_specs, flatten
 
 
@@ -77,15 +78,6 @@ class Adapter:
 
     def __repr__(self) -> str:
         return f"Adapter({self.about.name or 'unnamed'}, rank {self.rank}, {len(self.about.scales)} low-rank weights)"
-
-
-def by_leaf(tree: Params) -> dict[str, dict[str, Any]]:
-    """The members of each leaf of a tree, by dotted name."""
-    found: dict[str, dict[str, Any]] = {}
-    for path, x in flatten(tree).items():
-        name, _, member = path.rpartition(".")
-        found.setdefault(name, {})[member] = x
-    return found
 
 
 def low_rank_shapes(config: LlamaConfig) -> dict[str, tuple[int, ...]]:

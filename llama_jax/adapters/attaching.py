@@ -10,10 +10,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from llama_jax.adapters.adapter import Adapter, by_leaf
+from llama_jax.adapters.adapter import Adapter
 from llama_jax.config import LlamaConfig
 from llama_jax.errors import RequestError
-from llama_jax.model.adapters import ATTACHED, adapter_axes
+from llama_jax.model.adapters import ATTACHED, adapter_axes, by_leaf
 from llama_jax.model.fuse import fuse_layer, split_joint, split_layer
 from llama_jax.model.weights import compute_dtype
 from llama_jax.params import JOINT, PROJECTION_AXES, Params, flatten, unflatten

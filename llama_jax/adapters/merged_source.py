@@ -7,10 +7,11 @@ from dataclasses import replace
 
 import numpy as np
 
-from llama_jax.adapters.adapter import Adapter, by_leaf
+from llama_jax.adapters.adapter import Adapter
 from llama_jax.checkpoint.source import ModelSource, SourceTensor, provenance
 from llama_jax.convert.quantizing import Wrapped
 from llama_jax.errors import RequestError
+from llama_jax.model.adapters import by_leaf
 from llama_jax.params import ParamSpec, canonical_specs, flatten
 
 

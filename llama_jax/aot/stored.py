@@ -9,6 +9,7 @@ is stored.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import importlib.metadata
@@ -168,10 +169,11 @@ def _read(path: Path, devices: Sequence[jax.Device]) -> Any:
         found = serialize_executable.deserialize_and_load(
             executable, ins, outs, backend=devices[0].client, execution_devices=devices
         )
-        os.utime(path)
     except Exception as error:  # of another jaxlib's making, perhaps: what cannot be read is compiled
         warnings.warn(f"{path} cannot be read, and is made again: {error}", RuntimeWarning, stacklevel=2)
         return None
+    with contextlib.suppress(OSError):  # the folder may be read-only, or the file just removed
+        os.utime(path)
     return found
 
 

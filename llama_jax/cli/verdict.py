@@ -18,7 +18,7 @@ What the numbers mean:
   slots        room for tokens in a row's cache. It starts with the prompt and
                1024 more and doubles when it is full, so it may hold more than
                the context
-  jax may use  a fraction of the device's memory: XLA_PYTHON_CLIENT_MEM_FRACTION
+  jax may use  a fraction of the device's memory: XLA_CLIENT_MEM_FRACTION
                or --memory-fraction, 0.75 unless set; it fits if the peak does
   reading, arithmetic, exchange
                bytes, operations and all-reduced bytes of a run on one device,

@@ -164,27 +164,31 @@ def put_adapter(slots: Params, slot: int, adapter: Mapping[str, Any]) -> Params:
     if not 0 < slot < number:
         raise RequestError(f"slot {slot} of {number}", param="slot", hint=f"give 1 to {number - 1}; slot 0 is none")
     full = {name: np.full(x.shape[1:], _NONE.get(name.rpartition(".")[2], 0), x.dtype) for name, x in into.items()}
-    for name, members in _by_projection(adapter).items():
+    for name, members in by_leaf(adapter).items():
         if not members.keys() >= set(MEMBERS) or any(f"{name}.{member}" not in into for member in members):
             raise RequestError(
                 f"the adapter holds {name}, which has no slots, or not {{'a', 'b', 'scale'}}",
                 param="adapter",
                 hint="make slots with these targets (`empty_slots`); names are canonical, also if the model is fused",
             )
-        a, b, scale = (np.asarray(part) for part in (members[m] for m in MEMBERS))
+        arrays = {member: np.asarray(x) for member, x in members.items()}
+        a, b = arrays["a"], arrays["b"]
         most, width = full[f"{name}.a"].shape
         out = full[f"{name}.b"].shape[1]
         rank = len(a) if a.ndim else 0
-        if a.shape != (rank, width) or b.shape != (out, rank) or scale.shape != () or not 0 < rank <= most:
+        wanted: dict[str, tuple[int, ...]] = dict.fromkeys(members, (out,))
+        wanted |= {"a": (rank, width), "b": (out, rank), "scale": ()}
+        found = {member: x.shape for member, x in arrays.items()}
+        if found != wanted or not 0 < rank <= most:
             raise RequestError(
-                f"the adapter of {name} has a {a.shape}, b {b.shape} and scale {scale.shape}; its slots take "
-                f"a [r, {width}], b [{out}, r] and a scalar, with r up to {most}",
+                f"the adapter of {name} has the shapes {found}; its slots take a [r, {width}], b [{out}, r] and a "
+                f"scalar, with r up to {most}, and of other members [{out}]",
                 param="adapter",
                 hint="make slots of a higher rank, or load an adapter that was made for this model",
             )
-        full[f"{name}.a"][:rank], full[f"{name}.b"][:rank], full[f"{name}.scale"][...] = a, b.T, scale
-        for member in members.keys() - set(MEMBERS):
-            full[f"{name}.{member}"][...] = np.asarray(members[member])
+        full[f"{name}.a"][:rank], full[f"{name}.b"][:rank] = a, b.T
+        for member in members.keys() - {"a", "b"}:
+            full[f"{name}.{member}"][...] = arrays[member]
     return _put(slots, unflatten(full), slot)
 
 
@@ -234,7 +238,7 @@ def checked(adapters: Params | None, ids: jax.Array | None, config: LlamaConfig,
             hint=f"give integers [{batch}, {length}], or [{batch}, 1] for whole rows",
         )
     shapes = _targeted(config, None) | _targeted(config, ("lm_head",))
-    given = _by_projection(adapters)
+    given = by_leaf(adapters)
     slots = {x.shape[0] for members in given.values() for x in members.values() if x.ndim}
     for name, members in given.items():
         for member in members:
@@ -261,8 +265,8 @@ def checked(adapters: Params | None, ids: jax.Array | None, config: LlamaConfig,
     return Adapters(adapters, ids)
 
 
-def _by_projection(tree: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """The members of each projection of an adapter or of slots, by dotted name."""
+def by_leaf(tree: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """The members of each leaf of an adapter's tree, or of slots, by dotted name."""
     found: dict[str, dict[str, Any]] = {}
     for path, x in flatten(tree).items():
         name, _, member = path.rpartition(".")

@@ -146,7 +146,7 @@ def _does_not_fit(choice: MeshChoice, workload: Workload, alike: Sequence[jax.De
     return DoesNotFit(
         f"{_text(workload)} would take {size_text(choice.chosen.peak)} of each device ({_axes(choice.chosen.sizes)}); "
         f"{size_text(choice.usable)} are free on each of {len(alike)} x {alike[0].device_kind}",
-        hint=f"choose {smaller}; XLA_PYTHON_CLIENT_MEM_FRACTION=0.9 lets jax use more; a mesh of your own, such as "
+        hint=f"choose {smaller}; XLA_CLIENT_MEM_FRACTION=0.9 lets jax use more; a mesh of your own, such as "
         "tensor=2, is taken as it is",
     )
 

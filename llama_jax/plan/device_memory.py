@@ -11,7 +11,7 @@ from llama_jax.errors import RequestError
 from llama_jax.targets import Target
 
 MEMORY_FRACTION = 0.75
-"""Share of a GPU's memory that jax takes unless XLA_PYTHON_CLIENT_MEM_FRACTION says otherwise
+"""Share of a GPU's memory that jax takes unless XLA_CLIENT_MEM_FRACTION says otherwise
 (https://docs.jax.dev/en/latest/gpu_memory_allocation.html). Code, the libraries' own buffers and the display have the
 rest."""
 
