@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,7 +29,7 @@ from llama_jax.training.metrics import Measured, MetricsFile, Watch
 from llama_jax.training.objectives import LOSSES, Loss
 from llama_jax.training.packing import Rows
 from llama_jax.training.placement import place_batch, training_mesh
-from llama_jax.training.settings import Settings
+from llama_jax.training.settings import Settings, json_text
 from llama_jax.training.step import (
     Combine,
     State,
@@ -83,7 +82,8 @@ def train(
       stop: asked after every step; True saves a checkpoint and returns.
 
     Raises:
-      LlamaJaxError: as `load`; DataError: the data; RequestError: the settings, or the output is of another run.
+      LlamaJaxError: as `load`; DataError: the data; RequestError: the settings, the output is of another run, or
+        training has diverged.
     """
     say = notify or (lambda _: None)
     output = Path(settings.output).expanduser()
@@ -242,7 +242,7 @@ class _Run:
             state = checkpoints.restore(folder, last, like, self._about)
             self.say(f"Resuming after step {last} of {steps}")
         with disk.storage_errors(self.output):
-            text = json.dumps(dataclasses.asdict(self.base.settings), indent=1)
+            text = json_text(dataclasses.asdict(self.base.settings), indent=1)
             disk.write_file(self.output / SETTINGS, text.encode())
         return state
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import math
 import tomllib
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -184,8 +185,11 @@ class Settings:
                 param="rows.parts",
                 hint="choose a number that divides rows.rows",
             )
-        if self.dpo.beta <= 0:
-            raise RequestError("dpo.beta must be positive", param="dpo.beta", hint="e.g. 0.1")
+        for name, value, hint in (("dpo.beta", self.dpo.beta, "e.g. 0.1"), ("lora.alpha", self.lora.alpha, "e.g. 32")):
+            if not 0 < value < math.inf:
+                raise RequestError(f"{name} must be positive", param=name, hint=hint)
+        if not 0 <= self.seed < 2**32:
+            raise RequestError(f"seed = {self.seed} is out of range", param="seed", hint="from 0 to 4294967295")
         if not self.data.files:
             raise RequestError("data.files names no file", param="data.files", hint='e.g. files = ["train.jsonl"]')
 
@@ -197,7 +201,12 @@ class Settings:
             del kept[name]
         for name in ("remat", "logits", "mesh"):
             del kept["compute"][name]
-        return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
+        return hashlib.sha256(json_text(kept, sort_keys=True).encode()).hexdigest()
+
+
+def json_text(settings: dict[str, Any], **options: Any) -> str:
+    """Settings as JSON; a date of TOML, which template variables can be, as its text."""
+    return json.dumps(settings, default=str, **options)
 
 
 def read_settings(path: str | Path) -> Settings:
