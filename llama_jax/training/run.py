@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,7 +30,7 @@ from llama_jax.training.metrics import Measured, MetricsFile, Watch
 from llama_jax.training.objectives import LOSSES, Loss
 from llama_jax.training.packing import Rows
 from llama_jax.training.placement import place_batch, training_mesh
-from llama_jax.training.settings import Settings, json_text
+from llama_jax.training.settings import Settings
 from llama_jax.training.step import (
     Combine,
     State,
@@ -242,7 +243,7 @@ class _Run:
             state = checkpoints.restore(folder, last, like, self._about)
             self.say(f"Resuming after step {last} of {steps}")
         with disk.storage_errors(self.output):
-            text = json_text(dataclasses.asdict(self.base.settings), indent=1)
+            text = json.dumps(dataclasses.asdict(self.base.settings), indent=1)
             disk.write_file(self.output / SETTINGS, text.encode())
         return state
 

@@ -190,6 +190,7 @@ class Settings:
                 raise RequestError(f"{name} must be positive", param=name, hint=hint)
         if not 0 <= self.seed < 2**32:
             raise RequestError(f"seed = {self.seed} is out of range", param="seed", hint="from 0 to 4294967295")
+        _check_template(self.data.template)
         if not self.data.files:
             raise RequestError("data.files names no file", param="data.files", hint='e.g. files = ["train.jsonl"]')
 
@@ -201,12 +202,19 @@ class Settings:
             del kept[name]
         for name in ("remat", "logits", "mesh"):
             del kept["compute"][name]
-        return hashlib.sha256(json_text(kept, sort_keys=True).encode()).hexdigest()
+        return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
 
 
-def json_text(settings: dict[str, Any], **options: Any) -> str:
-    """Settings as JSON; a date of TOML, which template variables can be, as its text."""
-    return json.dumps(settings, default=str, **options)
+def _check_template(variables: dict[str, Any]) -> None:
+    """Raises RequestError for variables that a run sets itself, and for values that are no JSON."""
+    if taken := variables.keys() & {"add_generation_prompt", "messages", "tokenizer", "tools"}:
+        name = f"data.template.{min(taken)}"
+        raise RequestError(f"{name} cannot be set", param=name, hint="lines have messages and tools of their own")
+    try:
+        json.dumps(variables)
+    except TypeError as error:
+        hint = 'a date is a text, with quotation marks: date_string = "26 Jul 2024"'
+        raise RequestError(f"data.template: {error}", param="data.template", hint=hint) from error
 
 
 def read_settings(path: str | Path) -> Settings:
