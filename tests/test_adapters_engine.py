@@ -124,6 +124,9 @@ def test_adapters_that_cannot_share_a_batch() -> None:
         with pytest.raises(RequestError, match=says) as caught:
             LLM(model, settings=small_settings(), adapters={"a": an_adapter(model, 1, **fields)})
         assert "merge-lora" in caught.value.hint
+    for options, says in (({"count": 0}, "1 adapters for 0 slots"), ({"rank": 0}, "rank=0"), ({"rank": 1}, "has rank 2")):
+        with pytest.raises(RequestError, match=says):
+            AdapterPool([model], {"a": an_adapter(model, 1, target_modules=("q_proj",))}, **options)
     pool = AdapterPool([model], {"a": an_adapter(model, 1, target_modules=("q_proj",))})
     for fields, says in (
         ({"target_modules": ("v_proj",)}, "changes layers.0.attn.v_proj, which has no slots"),

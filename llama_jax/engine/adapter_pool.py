@@ -84,7 +84,7 @@ class AdapterPool:
         for name, adapter in adapters.items():
             _check_mixes(name, adapter)
         ranks = [adapter.rank for adapter in adapters.values()]
-        self.rank = rank or max([*ranks, 1 if count is None else LEAST_RANK])
+        self.rank = max([*ranks, 1 if count is None else LEAST_RANK]) if rank is None else rank
         targets = {leaf.rpartition(".")[2] for adapter in adapters.values() for leaf in _changed(adapter)}
         if count is not None:
             targets |= {name.rpartition(".")[2] for name in projection_names(models[0].config)}
