@@ -124,7 +124,11 @@ def test_adapters_that_cannot_share_a_batch() -> None:
         with pytest.raises(RequestError, match=says) as caught:
             LLM(model, settings=small_settings(), adapters={"a": an_adapter(model, 1, **fields)})
         assert "merge-lora" in caught.value.hint
-    for options, says in (({"count": 0}, "1 adapters for 0 slots"), ({"rank": 0}, "rank=0"), ({"rank": 1}, "has rank 2")):
+    for options, says in (
+        ({"count": 0}, "1 adapters for 0 slots"),
+        ({"rank": 0}, "rank=0"),
+        ({"rank": 1}, "has rank 2"),
+    ):
         with pytest.raises(RequestError, match=says):
             AdapterPool([model], {"a": an_adapter(model, 1, target_modules=("q_proj",))}, **options)
     pool = AdapterPool([model], {"a": an_adapter(model, 1, target_modules=("q_proj",))})
@@ -153,7 +157,7 @@ def test_adapters_of_nan_are_refused_at_every_door() -> None:
     for member, value in (("a", np.nan), ("b", np.inf), ("magnitude", np.nan)):
 
         def spoil(path: Any, x: np.ndarray, member: str = member, value: float = value) -> np.ndarray:
-            wanted = jax.tree_util.keystr(path).endswith(f"['1']['attn']['v_proj']['{member}']")
+            wanted = jax.tree_util.keystr(path).endswith(f"['0']['attn']['v_proj']['{member}']")
             return np.full_like(x, value) if wanted else x
 
         bad = jax.tree_util.tree_map_with_path(spoil, sound)
@@ -165,7 +169,7 @@ def test_adapters_of_nan_are_refused_at_every_door() -> None:
             lambda bad=bad: AdapterPool([model], {"b": bad}),
             lambda bad=bad: lj.generate(model, None, [1], adapter=bad),
         ):
-            with pytest.raises(RequestError, match=r"layers\.1\.attn\.v_proj\.\w+ has numbers that are NaN") as caught:
+            with pytest.raises(RequestError, match=r"layers\.0\.attn\.v_proj\.\w+ has numbers that are NaN") as caught:
                 door()
             assert "diverged" in caught.value.hint
     whole = an_adapter(model, 1, target_modules=("q_proj",), modules_to_save=("lm_head",))

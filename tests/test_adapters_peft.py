@@ -319,7 +319,7 @@ def test_modules_that_are_saved_whole_bring_their_biases(tmp_path: Path) -> None
         load_adapter(tmp_path / "a", config)
     moe = TINY["sigmoid-moe"]
     with pytest.raises(UnsupportedModel, match=r"experts\.\w+ would be trained whole"):
-        new_adapter(random_params(moe), moe, LoraConfig(modules_to_save=("mlp",)), jax.random.key(0))
+        new_adapter(random_params(moe), moe, LoraConfig(modules_to_save=("feed_forward",)), jax.random.key(0))
 
 
 @pytest.mark.parametrize("field", ["target_modules", "modules_to_save"])

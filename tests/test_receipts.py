@@ -112,8 +112,16 @@ def test_refusals(tmp_path: Path) -> None:
         (VerificationError, "has the digest|a model with the digest", lambda: lj.replay(receipt, other)),
         (CheckpointError, "damaged", lambda: lj.replay(dataclasses.replace(receipt, requests=[{}]), MODEL)),
         (CheckpointError, "damaged", lambda: lj.replay(dataclasses.replace(receipt, requests=[fewer]), MODEL)),
-        (CheckpointError, "damaged", lambda: replay_batch(dataclasses.replace(receipt, run={"input": "a"}), MODEL, None)),  # type: ignore[arg-type]
-        (VerificationError, "with the adapters", lambda: lj.replay(receipt, dataclasses.replace(MODEL, adapters=named))),
+        (
+            CheckpointError,
+            "damaged",
+            lambda: replay_batch(dataclasses.replace(receipt, run={"input": "a"}), MODEL, None),
+        ),  # type: ignore[arg-type]
+        (
+            VerificationError,
+            "with the adapters",
+            lambda: lj.replay(receipt, dataclasses.replace(MODEL, adapters=named)),
+        ),
         (RequestError, "cannot read", lambda: lj.read_receipt(tmp_path / "none")),
         *[(CheckpointError, "", lambda n=n: lj.read_receipt(tmp_path / n)) for n in ("text", "list", "newer")],
     ]

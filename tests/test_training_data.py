@@ -102,7 +102,7 @@ def test_bad_lines_are_named(tokenizer: Tokenizer, tmp_path: Path, line: str, sa
 def test_a_missing_file_is_named(tokenizer: Tokenizer, tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"cannot read .*none\.jsonl"):
         read_texts([tmp_path / "none.jsonl"], tokenizer, length=64)
-    with pytest.raises(DataError, match="cannot read .*: Is a directory"):
+    with pytest.raises(DataError, match=r"cannot read .*: Is a directory"):
         read_texts([tmp_path], tokenizer, length=64)
 
 

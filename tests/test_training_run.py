@@ -97,12 +97,12 @@ def test_a_stopped_run_resumes_with_the_same_numbers(
 def test_numbers_that_are_not_finite_end_a_run() -> None:
     told: list[int] = []
     watch = Watch(3, lambda step: 1.0, lambda seconds, lengths: 0.0, lambda measured: told.append(measured.step))
-    for number, (loss, norm) in enumerate([(1.0, 2.0), (1.0, math.inf), (math.nan, 2.0)]):
-        watch.dispatched(number, {"loss": loss, "tokens": 3, "grad_norm": norm}, [3])  # type: ignore[dict-item]
+    for number, (value, norm) in enumerate([(1.0, 2.0), (1.0, math.inf), (math.nan, 2.0)]):
+        watch.dispatched(number, {"loss": value, "tokens": 3, "grad_norm": norm}, [3])  # type: ignore[dict-item]
         if number == 0:
             watch.finish()
             continue
-        with pytest.raises(RequestError, match=f"step {number + 1}: the loss is {loss}") as caught:
+        with pytest.raises(RequestError, match=f"step {number + 1}: the loss is {value}") as caught:
             watch.finish()
         assert "learning_rate" in caught.value.hint
     assert told == [1]

@@ -81,7 +81,9 @@ def record_activations(
         raise RequestError(f"max_length={max_length}", param="max_length", hint="at least 1; None cuts no text")
     kept = dtype or model.dtype.name
     if kept not in DTYPES:
-        raise RequestError(f"activations cannot be written in {kept!r}", param="dtype", hint=f"one of {', '.join(DTYPES)}")
+        raise RequestError(
+            f"activations cannot be written in {kept!r}", param="dtype", hint=f"one of {', '.join(DTYPES)}"
+        )
     settings = {
         "model": model.name,
         "config": digest(repr(config).encode()),

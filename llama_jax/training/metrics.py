@@ -127,7 +127,7 @@ class Watch:
             raise RequestError(
                 f"step {number + 1}: the loss is {self.loss}, the norm of its gradient {values['grad_norm']}",
                 param="optimizer",
-                hint="training has diverged: choose a lower learning_rate or a longer warmup, and another output folder",
+                hint="training has diverged: choose a lower learning_rate or a longer warmup, and another output",
             )
         self._told(
             Measured(
