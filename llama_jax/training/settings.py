@@ -185,8 +185,8 @@ class Settings:
                 param="rows.parts",
                 hint="choose a number that divides rows.rows",
             )
-        for name, value, hint in (("dpo.beta", self.dpo.beta, "e.g. 0.1"), ("lora.alpha", self.lora.alpha, "e.g. 32")):
-            if not 0 < value < math.inf:
+        for name, factor, hint in (("dpo.beta", self.dpo.beta, "e.g. 0.1"), ("lora.alpha", self.lora.alpha, "e.g. 32")):
+            if not 0 < factor < math.inf:
                 raise RequestError(f"{name} must be positive", param=name, hint=hint)
         if not 0 <= self.seed < 2**32:
             raise RequestError(f"seed = {self.seed} is out of range", param="seed", hint="from 0 to 4294967295")
