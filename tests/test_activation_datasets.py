@@ -140,6 +140,10 @@ def test_refusals(tmp_path: Path) -> None:
         ),
         "holds no activations": (CheckpointError, lambda: lj.open_activations(tmp_path / "damaged")),
         "no activation 'layers.0.in'": (RequestError, lambda: data["layers.0.in"]),
+        "batches of 0 rows": (RequestError, lambda: next(data.batches("layers.0.out", 0))),
+        "max_length=-1": (RequestError, lambda: record(tmp_path / "new", max_length=-1)),
+        "written in 'int8'": (RequestError, lambda: record(tmp_path / "new", dtype="int8")),
+        "text 1 holds token id 40": (RequestError, lambda: record(tmp_path / "ids", [[1], [40]])),
         "text 4 of 4": (RequestError, lambda: data.rows_of(4)),
         "file": (StorageError, lambda: record(tmp_path / "file" / "below")),
     }

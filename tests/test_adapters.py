@@ -152,6 +152,10 @@ def test_adapters_that_do_not_fit_a_slot() -> None:
         (1, {name: sound | {"a": np.ones((2, 15))}}, re.escape("a [r, 16]")),
         (1, {name: sound | {"b": np.ones((31, 2))}}, re.escape("b [32, r]")),
         (1, {name: sound | {"scale": np.ones(2)}}, "a scalar"),
+        # Zero times these is NaN, which would reach rows of other slots.
+        (1, {name: sound | {"a": np.full((2, 16), np.nan)}}, re.escape(f"{name}.a has numbers that are NaN")),
+        (1, {name: sound | {"b": np.full((32, 2), np.inf)}}, re.escape(f"{name}.b has numbers that are NaN")),
+        (1, {name: sound | {"scale": 1e39}}, re.escape(f"{name}.scale has numbers that are NaN")),
     ):
         with pytest.raises(RequestError, match=says) as caught:
             put_adapter(slots, slot, unflatten(tree))
@@ -161,6 +165,10 @@ def test_adapters_that_do_not_fit_a_slot() -> None:
     for gain in (np.ones(31), np.ones(1), np.float32(1)):  # the last two would be broadcast
         with pytest.raises(RequestError, match=re.escape("other members [32]")):
             put_adapter(slots, 1, unflatten({name: sound | {"gain": gain}}))
+    for dtype, largest in (("float16", 7e4), ("bfloat16", 1e39)):
+        slots = empty_slots(CONFIG, slots=3, rank=2, targets=("q_proj",), dtype=dtype, more=("shift",))
+        with pytest.raises(RequestError, match=f"infinite in {dtype}"):
+            put_adapter(slots, 1, unflatten({name: sound | {"b": np.full((32, 2), largest)}}))
 
 
 def test_arguments_of_forward_that_do_not_fit() -> None:

@@ -14,7 +14,7 @@ from engines import alone, small_settings, tiny_model
 from helpers import TINY, random_params, tiny_config
 
 import llama_jax as lj
-from llama_jax.adapters import Adapter, LoraConfig, attach, merge, new_adapter
+from llama_jax.adapters import Adapter, LoraConfig, attach, merge, new_adapter, with_adapter
 from llama_jax.engine.adapter_pool import AdapterPool
 from llama_jax.errors import Overloaded, RequestError
 from llama_jax.generation.engine import Engine
@@ -124,6 +124,13 @@ def test_adapters_that_cannot_share_a_batch() -> None:
         with pytest.raises(RequestError, match=says) as caught:
             LLM(model, settings=small_settings(), adapters={"a": an_adapter(model, 1, **fields)})
         assert "merge-lora" in caught.value.hint
+    for options, says in (
+        ({"count": 0}, "1 adapters for 0 slots"),
+        ({"rank": 0}, "rank=0"),
+        ({"rank": 1}, "has rank 2"),
+    ):
+        with pytest.raises(RequestError, match=says):
+            AdapterPool([model], {"a": an_adapter(model, 1, target_modules=("q_proj",))}, **options)
     pool = AdapterPool([model], {"a": an_adapter(model, 1, target_modules=("q_proj",))})
     for fields, says in (
         ({"target_modules": ("v_proj",)}, "changes layers.0.attn.v_proj, which has no slots"),
@@ -140,6 +147,39 @@ def test_adapters_that_cannot_share_a_batch() -> None:
     for call in (lambda: plain.load_adapter("a", an_adapter(model, 1)), lambda: plain.generate([[1]], adapter="a")):
         with pytest.raises(RequestError, match="no adapters"):
             call()
+
+
+def test_adapters_of_nan_are_refused_at_every_door() -> None:
+    """One product has all slots, and zero times NaN is NaN: such an adapter would change requests without it."""
+    model = tiny_model()
+    sound = an_adapter(model, 1, target_modules=("q_proj", "v_proj"), dora=True)
+    pool = AdapterPool([model], {"a": sound}, count=2)
+    for member, value in (("a", np.nan), ("b", np.inf), ("magnitude", np.nan)):
+
+        def spoil(path: Any, x: np.ndarray, member: str = member, value: float = value) -> np.ndarray:
+            wanted = jax.tree_util.keystr(path).endswith(f"['0']['attn']['v_proj']['{member}']")
+            return np.full_like(x, value) if wanted else x
+
+        bad = jax.tree_util.tree_map_with_path(spoil, sound)
+        for door in (
+            lambda bad=bad: attach(model.params, model.config, bad),
+            lambda bad=bad: merge(model.params, model.config, bad),
+            lambda bad=bad: with_adapter(model, bad),
+            lambda bad=bad: pool.prepare("b", bad),
+            lambda bad=bad: AdapterPool([model], {"b": bad}),
+            lambda bad=bad: lj.generate(model, None, [1], adapter=bad),
+        ):
+            with pytest.raises(RequestError, match=r"layers\.0\.attn\.v_proj\.\w+ has numbers that are NaN") as caught:
+                door()
+            assert "diverged" in caught.value.hint
+    whole = an_adapter(model, 1, target_modules=("q_proj",), modules_to_save=("lm_head",))
+    spoilt = replace(whole, whole=jax.tree.map(lambda x: x * np.nan, whole.whole))
+    with pytest.raises(RequestError, match=r"adapter's lm_head\.weight has numbers"):
+        attach(model.params, model.config, spoilt)
+    moe = Model(random_params(TINY["sigmoid-moe"]), TINY["sigmoid-moe"])
+    experts = an_adapter(moe, 1, target_modules=(), target_parameters=("experts.down_proj",))
+    with pytest.raises(RequestError, match=r"moe\.experts\.down_proj\.a has numbers"):
+        attach(moe.params, moe.config, jax.tree.map(lambda x: x * np.nan, experts))
 
 
 @pytest.mark.slow

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import re
 import shutil
 from pathlib import Path
@@ -174,6 +175,10 @@ Q = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
         (UnsupportedModel, "which the model has none", {"target_modules": ["c_attn"]}),
         (CheckpointError, "r is 0", {"r": 0}),
         (CheckpointError, "r is 'four'", {"r": "four"}),
+        (CheckpointError, "lora_alpha 10000", {"lora_alpha": 10**400}),
+        (CheckpointError, "rank_pattern gives q_proj 2.5", {"rank_pattern": {"q_proj": 2.5}}),
+        (CheckpointError, "rank_pattern gives q_proj 0.5", {"rank_pattern": {"q_proj": 0.5}}),
+        (CheckpointError, "alpha_pattern gives q_proj inf", {"alpha_pattern": {"q_proj": math.inf}}),
         (CheckpointError, "not a regular expression", {"target_modules": "(q_proj"}),
         (CheckpointError, "no list of names", {"target_modules": [1]}),
         (CheckpointError, r"a \[8, 64\]", {"r": 8}),
@@ -293,6 +298,36 @@ def test_on_quantised_weights() -> None:
     assert error(run(attached, own, tokens)[0], expected) < 2e-5
     with pytest.raises(RequestError, match="is quantised"):
         merge(params, config, adapter)
+
+
+def test_modules_that_are_saved_whole_bring_their_biases(tmp_path: Path) -> None:
+    """Also by the name of what they are a part of; routed experts cannot be saved."""
+    config = TINY["biased"]
+    params = random_params(config)
+    lora = LoraConfig(2, 4, target_modules=("q_proj",), modules_to_save=("k_proj", "mlp"))
+    adapter = trained(params, config, lora)
+    assert {name.partition(".")[2].partition(".")[2] for name in flatten(adapter.whole)} >= {
+        "attn.k_proj.weight",
+        "attn.k_proj.bias",
+        "mlp.down_proj.weight",
+    }
+    read = load_adapter(save_adapter(tmp_path / "a", adapter, config), config)
+    jax.tree.map(np.testing.assert_array_equal, read.whole, adapter.whole)
+    path = tmp_path / "a" / "adapter_model.safetensors"
+    save_file({n: x for n, x in load_file(path).items() if not n.endswith("0.self_attn.k_proj.bias")}, path)
+    with pytest.raises(CheckpointError, match="lacks k_proj"):
+        load_adapter(tmp_path / "a", config)
+    moe = TINY["sigmoid-moe"]
+    with pytest.raises(UnsupportedModel, match=r"experts\.\w+ would be trained whole"):
+        new_adapter(random_params(moe), moe, LoraConfig(modules_to_save=("feed_forward",)), jax.random.key(0))
+
+
+@pytest.mark.parametrize("field", ["target_modules", "modules_to_save"])
+def test_names_of_a_new_adapter_that_the_model_lacks(field: str) -> None:
+    config = TINY["plain"]
+    with pytest.raises(UnsupportedModel, match="the model has no module 'v_porj'") as caught:
+        new_adapter(random_params(config), config, LoraConfig(**{field: ("q_proj", "v_porj")}), jax.random.key(0))
+    assert "v_proj" in caught.value.hint
 
 
 def test_joint_projections_taken_apart() -> None:

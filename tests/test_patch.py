@@ -267,6 +267,7 @@ def test_refusals() -> None:
             params, config, tokens, jnp.arange(4)[None], cache, capture=["layers.0.attn_probs"]
         ),
         "from 0 to 1": lambda: lj.logit_lens(params, config, tokens, layers=[2]),
+        "no layer is named": lambda: lj.attention_maps(params, config, tokens, layers=[]),
         "stop_token_ids": lambda: lj.patched_generate(Model(params, config), None, [[1]], lj.patch({}), n=2),
     }.items():
         with pytest.raises(RequestError, match=hint):

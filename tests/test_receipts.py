@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +15,14 @@ from helpers import TINY, random_params
 from tiny_chat_model import write_chat_model
 
 import llama_jax as lj
+from llama_jax.adapters import LoraConfig, new_adapter, save_adapter
 from llama_jax.cli import cli
 from llama_jax.convert import convert
 from llama_jax.errors import CheckpointError, LlamaJaxError, RequestError, VerificationError
 from llama_jax.model.fuse import fuse_params
 from llama_jax.model.loaded import Model
 from llama_jax.receipts import params_digest
+from llama_jax.receipts.batch import replay_batch
 from llama_jax.receipts.making import params_json, params_of
 from llama_jax.sampling import Grammar, SamplingParams
 
@@ -97,6 +100,9 @@ def test_refusals(tmp_path: Path) -> None:
     receipt = lj.receipt(MODEL, outputs, SamplingParams(temperature=0.0, max_tokens=1))
     (tmp_path / "text").write_text("no JSON")
     (tmp_path / "list").write_text("[]")
+    fewer = {**receipt.requests[0], "token_ids": []}
+    lora = LoraConfig(rank=1, target_modules=("q_proj",))
+    named = {"a": new_adapter(MODEL.params, CONFIG, lora, jax.random.key(0))}
     newer = dataclasses.asdict(receipt) | {"format": 2}
     (tmp_path / "newer").write_text(json.dumps(newer))
     other = dataclasses.replace(MODEL, params=random_params(CONFIG, seed=1))
@@ -105,6 +111,17 @@ def test_refusals(tmp_path: Path) -> None:
         (RequestError, "1 outputs but 2", lambda: lj.receipt(MODEL, outputs, PARAMS[:2])),
         (VerificationError, "has the digest|a model with the digest", lambda: lj.replay(receipt, other)),
         (CheckpointError, "damaged", lambda: lj.replay(dataclasses.replace(receipt, requests=[{}]), MODEL)),
+        (CheckpointError, "damaged", lambda: lj.replay(dataclasses.replace(receipt, requests=[fewer]), MODEL)),
+        (
+            CheckpointError,
+            "damaged",
+            lambda: replay_batch(dataclasses.replace(receipt, run={"input": "a"}), MODEL, None),
+        ),  # type: ignore[arg-type]
+        (
+            VerificationError,
+            "with the adapters",
+            lambda: lj.replay(receipt, dataclasses.replace(MODEL, adapters=named)),
+        ),
         (RequestError, "cannot read", lambda: lj.read_receipt(tmp_path / "none")),
         *[(CheckpointError, "", lambda n=n: lj.read_receipt(tmp_path / n)) for n in ("text", "list", "newer")],
     ]
@@ -114,7 +131,7 @@ def test_refusals(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_command_line(tmp_path: Path) -> None:
+def test_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = convert(write_chat_model(tmp_path / "hf"), tmp_path / "tiny")
 
     def run(*args: object) -> Any:
@@ -128,6 +145,24 @@ def test_command_line(tmp_path: Path) -> None:
         again = run("replay", tmp_path / "one.json", "--json")
         assert again.exit_code == 0, again.stderr
         assert json.loads(again.stdout) == {"same": True, "compared": 1, "differing": [], "changed": {}}
+
+    model, _ = lj.load(folder)
+    lora = new_adapter(model.params, model.config, LoraConfig(rank=2, target_modules=("q_proj",)), jax.random.key(0))
+    for seed, name in ((1, "lora"), (2, "other")):
+        moved = jax.tree.map(lambda x, seed=seed: x + 0.3 * jax.random.normal(jax.random.key(seed), x.shape), lora)
+        save_adapter(tmp_path / name, moved, model.config)
+    monkeypatch.chdir(tmp_path)  # a receipt holds whole paths
+    assert run("generate", "hello", *sampled, "--adapter", "lora", "--receipt", "lora.json").exit_code == 0
+    named = ("--adapter", "one=lora", "--adapter", "two=other", "--receipt", "named.json")
+    (tmp_path / "named.jsonl").write_text("".join(f'{{"prompt": "hi", "model": "{n}"}}\n' for n in ("one", "two")))
+    assert run("batch", "named.jsonl", "named.out", *sampled, *named).exit_code == 0
+    monkeypatch.chdir("/")
+    for path in ("lora.json", "named.json"):
+        again = run("replay", tmp_path / path)
+        assert again.exit_code == 0, again.stderr
+    shutil.copytree(tmp_path / "other", tmp_path / "lora", dirs_exist_ok=True)
+    assert "a model with the digest" in run("replay", tmp_path / "lora.json").stderr
+    assert "with the adapters" in run("replay", tmp_path / "named.json").stderr
 
     lines = [{"prompt": "hi"}, {"prompt": "ho", "n": 2, "temperature": 0.7}, {"prompt": 3}]
     body = {"custom_id": "c", "method": "POST", "url": "/v1/completions", "body": {"prompt": "a", "max_tokens": 4}}

@@ -98,6 +98,9 @@ def test_perplexity_command(tmp_path: Path) -> None:
     }
     done = CliRunner().invoke(cli, ["perplexity", "-", *options], input=TEXT[:600])
     assert f"{want.tokens} tokens, {want.words} words, 600 bytes" in done.stdout
+    done = CliRunner().invoke(cli, ["perplexity", "-", "--json", *options], input="-".join(TEXT[:600].split()))
+    facts = json.loads(done.stdout)
+    assert (facts["words"], facts["word_perplexity"]) == (1, None)  # exceeds a float
     done = CliRunner().invoke(cli, ["perplexity", "-", "--json", *options], input="")
     assert (done.exit_code, json.loads(done.stdout)["error"]["param"]) == (2, "texts")
 

@@ -210,6 +210,12 @@ def test_fitted(context: int, continuation: int, length: int) -> None:
 # Texts.
 
 
+def test_perplexities_that_exceed_a_float_are_infinite() -> None:
+    """A long text without white space is one word."""
+    found = lj.scoring.RollingScore(np.full(400, -9.0, np.float32), words=1, bytes=1200, windows=1)
+    assert (found.word_perplexity, found.byte_perplexity) == (np.inf, pytest.approx(np.exp(3.0)))
+
+
 def test_rolling_scores(smollm2: tuple[Model, Tokenizer]) -> None:
     _, tokenizer = smollm2
     config = tiny_config(vocab_size=49152)

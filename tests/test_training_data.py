@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -101,6 +102,8 @@ def test_bad_lines_are_named(tokenizer: Tokenizer, tmp_path: Path, line: str, sa
 def test_a_missing_file_is_named(tokenizer: Tokenizer, tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"cannot read .*none\.jsonl"):
         read_texts([tmp_path / "none.jsonl"], tokenizer, length=64)
+    with pytest.raises(DataError, match=r"cannot read .*: Is a directory"):
+        read_texts([tmp_path], tokenizer, length=64)
 
 
 def test_long_texts_are_cut_up_and_long_conversations_off(tokenizer: Tokenizer, tmp_path: Path) -> None:
@@ -190,7 +193,15 @@ GOOD: dict[str, Any] = {"model": "a", "output": "b", "data": {"files": ["c"]}}
         ({"method": "qlora"}, "method", "did you mean lora"),
         ({"optimizer": {"name": "adam"}}, "name", "did you mean adamw"),
         ({"optimizer": {"learning_rate": 0.0}}, "learning_rate", "must be positive"),
+        ({"optimizer": {"learning_rate": math.nan}}, "learning_rate", "must be positive"),
+        ({"optimizer": {"warmup": -1}}, "warmup", "must not be negative"),
+        ({"optimizer": {"max_grad_norm": 0}}, "max_grad_norm", "inf is no limit"),
+        ({"optimizer": {"betas": [0.9, 1.0]}}, "betas", "below 1"),
+        ({"lora": {"alpha": 0}}, "lora.alpha", "must be positive"),
+        ({"dpo": {"beta": math.nan}}, "dpo.beta", "must be positive"),
+        ({"seed": -1}, "seed", "out of range"),
         ({"compute": {"remat": "xyz"}}, "compute.remat", "there are none, products"),
+        ({"data": {"files": ["c"], "template": {"tools": []}}}, "data.template.tools", "cannot be set"),
         ({"data": {"files": []}}, "data.files", "names no file"),
         ({"data": {}}, "data", "missing required field `files`"),
     ],
@@ -210,6 +221,9 @@ def test_settings_are_read_from_toml(tmp_path: Path) -> None:
     assert found == settings_from(GOOD | {"optimizer": {"betas": [0.9, 0.95]}})
     assert found.digest != settings_from(GOOD).digest
     assert settings_from(GOOD | {"output": "d", "compute": {"mesh": "fsdp=2"}}).digest == settings_from(GOOD).digest
+    path.write_text(path.read_text() + "[data.template]\ndate_string = 2024-07-26\n")  # a date of TOML, unquoted
+    with pytest.raises(RequestError, match=r"data\.template: .* date .* quotation marks"):
+        read_settings(path)
     for text in ("model = ", None):
         bad = tmp_path / "bad.toml"
         if text is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import signal
@@ -21,6 +22,7 @@ import llama_jax as lj
 from llama_jax.adapters import load_adapter
 from llama_jax.errors import CheckpointError, RequestError
 from llama_jax.training import Batch, checkpoints, loss, read_texts, settings_from, train
+from llama_jax.training.metrics import Watch
 
 WORDS = ["the", "cat", "sat", "on", "a", "mat", "and", "looked", "at", "seven", "small", "birds"]
 COMMAND = [sys.executable, "-m", "llama_jax.cli", "train"]
@@ -90,6 +92,29 @@ def test_a_stopped_run_resumes_with_the_same_numbers(
     monkeypatch.setattr(checkpoints, "_digest", lambda x: "another")
     with pytest.raises(CheckpointError, match=r"00000008 cannot be read: the digest of \..* differs"):
         train(settings)
+
+
+def test_numbers_that_are_not_finite_end_a_run() -> None:
+    told: list[int] = []
+    watch = Watch(3, lambda step: 1.0, lambda seconds, lengths: 0.0, lambda measured: told.append(measured.step))
+    for number, (value, norm) in enumerate([(1.0, 2.0), (1.0, math.inf), (math.nan, 2.0)]):
+        watch.dispatched(number, {"loss": value, "tokens": 3, "grad_norm": norm}, [3])  # type: ignore[dict-item]
+        if number == 0:
+            watch.finish()
+            continue
+        with pytest.raises(RequestError, match=f"step {number + 1}: the loss is {value}") as caught:
+            watch.finish()
+        assert "learning_rate" in caught.value.hint
+    assert told == [1]
+
+
+@pytest.mark.slow
+def test_a_run_that_diverges_saves_no_state_after_it(folder: Path, tmp_path: Path) -> None:
+    changes: dict[str, Any] = {"optimizer": {"learning_rate": 1e30}, "saving": {"every": 1}}
+    with pytest.raises(RequestError, match="step 2: the loss is"):
+        train(settings_from(values(folder, tmp_path / "run", **changes)))
+    assert os.listdir(tmp_path / "run" / "checkpoints") == ["00000001"]
+    assert [step for step, *_ in losses(tmp_path / "run")] == [1]
 
 
 @pytest.mark.slow

@@ -13,7 +13,7 @@ import numpy as np
 from llama_jax.adapters.adapter import Adapter
 from llama_jax.config import LlamaConfig
 from llama_jax.errors import RequestError
-from llama_jax.model.adapters import ATTACHED, adapter_axes, by_leaf
+from llama_jax.model.adapters import ATTACHED, adapter_axes, by_leaf, check_finite
 from llama_jax.model.fuse import fuse_layer, split_joint, split_layer
 from llama_jax.model.weights import compute_dtype
 from llama_jax.params import JOINT, PROJECTION_AXES, Params, flatten, unflatten
@@ -37,13 +37,14 @@ def attach(params: Params, config: LlamaConfig, adapter: Adapter) -> tuple[Param
       The tree, and its config: that of a model with tied embeddings of which the adapter brings one is not tied.
 
     Raises:
-      RequestError: the parameters have an adapter already, or routed experts are quantised.
+      RequestError: the parameters have an adapter already, routed experts are quantised, or a number of the adapter is
+        NaN or infinite.
     """
     if ATTACHED in params:
         raise RequestError(
             "the parameters have an adapter already", param="adapter", hint="load the model without it, or merge it"
         )
-    tree = low_rank_of(params, config, adapter)
+    tree = _finite_low_rank_of(params, config, adapter)
     params, config = _with_whole(params, config, adapter)
     params = _with_experts(params, adapter)
     return {**params, ATTACHED: tree}, config
@@ -55,10 +56,10 @@ def merge(params: Params, config: LlamaConfig, adapter: Adapter) -> tuple[Params
     Args and returns as for `attach`.
 
     Raises:
-      RequestError: a weight that the adapter changes is quantised, or a bias would be added that the model has no place
-        for.
+      RequestError: a weight that the adapter changes is quantised, a bias would be added that the model has no place
+        for, or a number of the adapter is NaN or infinite.
     """
-    tree = low_rank_of(params, config, adapter)
+    tree = _finite_low_rank_of(params, config, adapter)
     params, config = _with_whole(params, config, adapter)
     return _merged(_with_experts(params, adapter), config, tree, 1.0), config
 
@@ -81,6 +82,14 @@ def unmerge(params: Params, config: LlamaConfig, adapter: Adapter) -> Params:
         )
     tree = low_rank_of(params, config, adapter)
     return _merged(_with_experts(params, adapter, sign=-1.0), config, tree, -1.0)
+
+
+def _finite_low_rank_of(params: Params, config: LlamaConfig, adapter: Adapter) -> Params:
+    """`low_rank_of`, after a check of these terms and of what is not among them."""
+    tree = low_rank_of(params, config, adapter)
+    experts = {path: x for path, x in flatten(adapter.low_rank).items() if ".moe.experts." in path}
+    check_finite(flatten(tree) | experts | flatten(adapter.whole))
+    return tree
 
 
 def low_rank_of(params: Params, config: LlamaConfig, adapter: Adapter) -> Params:

@@ -15,7 +15,7 @@ import numpy as np
 
 from llama_jax.adapters.adapter import About, Adapter, low_rank_shapes
 from llama_jax.adapters.lora_config import CONFIG, WEIGHTS, LoraConfig, read_config
-from llama_jax.adapters.targets import Modules, modules, targeted
+from llama_jax.adapters.targets import Modules, is_saved, modules, targeted
 from llama_jax.checkpoint.source import some
 from llama_jax.config import LlamaConfig
 from llama_jax.convert.safetensors_file import DTYPES, SafetensorsFile
@@ -114,8 +114,9 @@ def _made(tensors: Mapping[str, np.ndarray], lora: LoraConfig, config: LlamaConf
             hint="the file is incomplete, or the adapter was made for a model with fewer layers",
         )
     for name in lora.modules_to_save:
-        saved = {leaf for module, leaf in known.whole.items() if module == name or module.endswith(f".{name}")}
-        if not saved or not all(f"{leaf}.weight" in whole for leaf in saved):
+        saved = {leaf for module, leaf in known.whole.items() if is_saved(module, (name,))}
+        biases = {spec.name for spec in canonical_specs(config)} & {f"{leaf}.bias" for leaf in saved}
+        if not saved or not {f"{leaf}.weight" for leaf in saved} | biases <= whole.keys():
             raise CheckpointError(f"{path} lacks {name}, which {CONFIG} lists in modules_to_save", hint=_OWN_BASE)
     flat = {f"{leaf}.{member}": x for leaf in wanted for member, x in low_rank[leaf].items()}
     scales = tuple((leaf, lora.scale_of(module)) for leaf, module in wanted.items())
@@ -136,7 +137,8 @@ def _whole(name: str, x: np.ndarray, known: Modules, lora: LoraConfig, config: L
     target = f"{leaf}.{member}"
     shapes = {spec.name: spec.shape for spec in canonical_specs(config)}
     shapes.setdefault("lm_head.weight", (config.vocab_size, config.hidden_size))
-    if target not in shapes or (member == "bias" and lora.bias == "none"):
+    trained = member == "weight" or lora.bias != "none" or is_saved(module, lora.modules_to_save)
+    if target not in shapes or not trained:
         raise CheckpointError(f"{path}: tensor {name} is of no module of this model", hint=_OWN_BASE)
     if x.shape != shapes[target]:
         hint = _OWN_BASE

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from llama_jax.adapters.adapter import About, Adapter, low_rank_shapes
 from llama_jax.adapters.attaching import base_members
 from llama_jax.adapters.lora_config import LoraConfig
-from llama_jax.adapters.targets import modules, targeted
+from llama_jax.adapters.targets import check_named, is_saved, modules, targeted
 from llama_jax.config import LlamaConfig
 from llama_jax.errors import UnsupportedModel
 from llama_jax.params import Params, unflatten
@@ -29,8 +29,9 @@ def new_adapter(
       dtype: of its arrays.
 
     Raises:
-      UnsupportedModel: `lora` targets nothing of the model, or something that cannot have it.
+      UnsupportedModel: `lora` names a module that the model does not have, or that cannot be trained so.
     """
+    check_named(config, lora)
     flat: dict[str, Any] = {}
     shapes, scales = low_rank_shapes(config), []
     for leaf, module in targeted(config, lora).items():
@@ -59,10 +60,10 @@ def _whole(params: Params, config: LlamaConfig, lora: LoraConfig, low_rank: dict
     """Copies of the base's weights and biases that are trained whole, by dotted name."""
     found: Params = {}
     for module, leaf in modules(config).whole.items():
-        saved = any(module == name or module.endswith(f".{name}") for name in lora.modules_to_save)
-        biased = lora.bias == "all" or (lora.bias == "lora_only" and leaf in low_rank)
-        if saved or biased:
+        saved = is_saved(module, lora.modules_to_save)
+        biased = saved or lora.bias == "all" or (lora.bias == "lora_only" and leaf in low_rank)
+        if biased:
             members = base_members(params, leaf)
             found |= {f"{leaf}.weight": members["weight"].astype(dtype)} if saved else {}
-            found |= {f"{leaf}.bias": members["bias"].astype(dtype)} if biased and "bias" in members else {}
+            found |= {f"{leaf}.bias": members["bias"].astype(dtype)} if "bias" in members else {}
     return found

@@ -19,6 +19,8 @@ CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 ALL_LINEAR = "all-linear"
 _MAX_BYTES = 1 << 24
+_MAX_FACTOR = 1e38
+"""Of an alpha: about the largest float32."""
 _ANEW = "copy the adapter's folder anew, as peft's save_pretrained wrote it"
 
 _READ = frozenset(
@@ -181,16 +183,18 @@ def parse_config(found: Mapping[str, Any], path: Path | str = CONFIG) -> LoraCon
         _check_pattern(value, key, path)
         return value
 
-    def pattern(key: str) -> tuple[tuple[str, Any], ...]:
+    def pattern(key: str, kinds: tuple[type, ...]) -> tuple[tuple[str, Any], ...]:
         pairs = tuple(typed(key, (dict,), {}).items())
         for name, value in pairs:
             _check_pattern(name, key, path)
-            if not isinstance(value, int | float) or isinstance(value, bool) or not value > 0:
-                raise CheckpointError(f"{path}: {key} gives {name} {value!r:.40}", hint="ranks and alphas are positive")
+            if type(value) not in kinds or not 0 < value < _MAX_FACTOR:
+                raise CheckpointError(
+                    f"{path}: {key} gives {name} {value!r:.40}", hint="ranks are positive integers, alphas positive"
+                )
         return pairs
 
     rank, alpha = typed("r", (int,), 8), typed("lora_alpha", (int, float), 8)
-    if rank < 1 or not 0 < float(alpha) < float("inf"):
+    if rank < 1 or not 0 < alpha < _MAX_FACTOR:
         raise CheckpointError(f"{path}: r is {rank} and lora_alpha {alpha}", hint="both are positive numbers")
     layers = found.get("layers_to_transform")
     layers = [layers] if isinstance(layers, int) else typed("layers_to_transform", (list,), None)
@@ -209,8 +213,8 @@ def parse_config(found: Mapping[str, Any], path: Path | str = CONFIG) -> LoraCon
         exclude_modules=names_or_pattern("exclude_modules"),
         layers_to_transform=tuple(layers) if layers else None,
         layers_pattern=(layers_pattern,) if isinstance(layers_pattern, str) else names("layers_pattern"),
-        rank_pattern=pattern("rank_pattern"),
-        alpha_pattern=pattern("alpha_pattern"),
+        rank_pattern=pattern("rank_pattern", (int,)),
+        alpha_pattern=pattern("alpha_pattern", (int, float)),
         modules_to_save=names("modules_to_save"),
         target_parameters=names("target_parameters"),
         bias=bias,

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from llama_jax.adapters.adapter import low_rank_shapes
 from llama_jax.adapters.lora_config import ALL_LINEAR, LoraConfig
 from llama_jax.config import LlamaConfig
-from llama_jax.errors import UnsupportedModel
+from llama_jax.errors import UnsupportedModel, did_you_mean
 from llama_jax.params import canonical_specs
 
 _EXPERTS = re.compile(r"(model\.layers\.\d+)\.(?:block_sparse_moe|feed_forward|mlp)\.experts(?:\..*)?")
@@ -59,9 +59,14 @@ def targeted(config: LlamaConfig, lora: LoraConfig) -> dict[str, str]:
     the name with the parameter.
 
     Raises:
-      UnsupportedModel: nothing of the model is targeted.
+      UnsupportedModel: nothing of the model is targeted, or routed experts would be saved whole.
     """
     known = modules(config)
+    if whole := next((name for name in known.experts if is_saved(name, lora.modules_to_save)), None):
+        raise UnsupportedModel(
+            f"{whole} would be trained whole, which is not computed here",
+            hint="leave it out of modules_to_save; low-rank weights of experts are target_parameters",
+        )
     found = {leaf: module for module, leaf in known.linear.items() if _is_target(module, lora)}
     for parameter, leaf in known.experts.items():
         if any(parameter == name or parameter.endswith(f".{name}") for name in lora.target_parameters):
@@ -75,11 +80,34 @@ def targeted(config: LlamaConfig, lora: LoraConfig) -> dict[str, str]:
     return dict(sorted(found.items(), key=lambda item: order.index(item[0])))
 
 
+def check_named(config: LlamaConfig, lora: LoraConfig) -> None:
+    """Checks that each name in the configuration of a new adapter is that of a module that can be trained so.
+
+    Raises:
+      UnsupportedModel: the model has none of a name.
+    """
+    known = modules(config)
+    targets = () if isinstance(lora.target_modules, str) else lora.target_modules
+    for names, meant, of in ((targets, _named, known.linear), (lora.modules_to_save, is_saved, known.whole)):
+        short = {module.rpartition(".")[2] for module in of}
+        for name in names:
+            if not any(meant(module, (name,)) for module in of):
+                raise UnsupportedModel(
+                    f"the model has no module {name!r:.100}",
+                    hint=did_you_mean(name, short) or f"there are {', '.join(sorted(short))}",
+                )
+
+
+def is_saved(module: str, names: tuple[str, ...]) -> bool:
+    """Whether `modules_to_save` names a module, or one that it is a part of ("mlp")."""
+    return any(re.match(rf"(^|.*\.){re.escape(name)}($|\..*)", module) for name in names)
+
+
 def _is_target(module: str, lora: LoraConfig) -> bool:
     """peft's `check_target_module_exists`."""
     if _named(module, lora.exclude_modules):
         return False
-    if any(re.match(rf"(^|.*\.){re.escape(name)}($|\..*)", module) for name in lora.modules_to_save):
+    if is_saved(module, lora.modules_to_save):
         return False
     if lora.target_modules == ALL_LINEAR:
         return module not in ("lm_head", "model.embed_tokens")

@@ -45,3 +45,9 @@ def given_adapter(adapters: Sequence[str], *, named: bool = False) -> str | dict
     if "" in names or len(set(names)) < len(names):
         raise click.UsageError("of several adapters each needs a name of its own: --adapter NAME=FOLDER")
     return dict(pairs)
+
+
+def recorded(adapters: Sequence[str]) -> list[str]:
+    """The values of `--adapter` with the whole paths of their folders, for a receipt."""
+    pairs = [split_name(text) for text in adapters]
+    return [f"{name}={Path(folder).resolve()}" if name else str(Path(folder).resolve()) for name, folder in pairs]

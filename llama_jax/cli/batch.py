@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from llama_jax.cli.adapter_options import adapter_option, given_adapter
+from llama_jax.cli.adapter_options import adapter_option, given_adapter, recorded
 from llama_jax.cli.errors import INTERRUPTED
 from llama_jax.cli.options import (
     batch_invariant_option,
@@ -218,7 +218,13 @@ def command(
         from llama_jax.receipts.batch import batch_receipt
 
         made = batch_receipt(
-            loaded, source, target, sampling=sampling, batch_size=batch_size, batch_invariant=batch_invariant
+            loaded,
+            source,
+            target,
+            sampling=sampling,
+            batch_size=batch_size,
+            batch_invariant=batch_invariant,
+            load={"adapters": recorded(adapters)},
         )
         made.save(receipt)
     return INTERRUPTED if summary.interrupted else SOME_FAILED if summary.errors else 0

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from llama_jax.cli import inputs
+from llama_jax.cli.adapter_options import recorded
 from llama_jax.cli.options import (
     LoadOptions,
     examples,
@@ -114,7 +115,8 @@ def command(
     if receipt is not None:
         from llama_jax.receipts.making import made, request_json
 
-        load = {"weights": loading.weights, "convert": loading.convert}
+        adapters = recorded(loading.adapters)
+        load = {"weights": loading.weights, "convert": loading.convert, "adapters": adapters}
         made(loaded, [request_json(ids, params, [tokens])], load=load, run={"page_size": page_size}).save(receipt)
 
 

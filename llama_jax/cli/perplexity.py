@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import click
 
 from llama_jax.cli.inputs import read_text
@@ -58,7 +60,8 @@ def command(
 
     Each token is predicted once from those before it in its window, the first from BOS, as lm-eval does it
     (loglikelihood_rolling). Per-token perplexity compares models with the same tokenizer; per word or byte, and as bits
-    per byte, it compares any. `llama-jax quality` scores half of each window instead, as llama.cpp does.
+    per byte, it compares any (null in JSON where it exceeds a float). `llama-jax quality` scores half of each window
+    instead, as llama.cpp does.
     """
     text = read_text(file, param="file")
     devices = requested_mesh(loading.mesh, loading.tp)
@@ -79,16 +82,19 @@ def command(
             progress=reporter.counted,
         )
     if as_json:
+        measured = {
+            "perplexity": found.perplexity,
+            "perplexity_error": found.error,
+            "word_perplexity": found.word_perplexity,
+            "byte_perplexity": found.byte_perplexity,
+            "bits_per_byte": found.bits_per_byte,
+            "loglikelihood": found.logprob,
+        }
         print_json(
             {
                 "model": model,
                 "dtype": loaded.dtype.name,
-                "perplexity": found.perplexity,
-                "perplexity_error": found.error,
-                "word_perplexity": found.word_perplexity,
-                "byte_perplexity": found.byte_perplexity,
-                "bits_per_byte": found.bits_per_byte,
-                "loglikelihood": found.logprob,
+                **{name: value if math.isfinite(value) else None for name, value in measured.items()},
                 "tokens": found.tokens,
                 "words": found.words,
                 "bytes": found.bytes,

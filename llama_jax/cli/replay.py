@@ -47,10 +47,10 @@ def command(receipt: Path, model: str | None, source: Path | None, quiet: bool, 
     saved = read_receipt(receipt)
     if saved.batch:
         claim_memory()
-    options = _options(saved, receipt)
+    name, options = _options(saved, receipt)
     devices = requested_mesh(options.mesh, options.tp)
     with Reporter(quiet=quiet) as reporter:
-        loaded, tokenizer = options.load(model or str(saved.model["name"]), devices, reporter)
+        loaded, tokenizer = options.load(model or name, devices, reporter, named=saved.batch)
     found = replay_batch(saved, loaded, tokenizer, source) if saved.batch else replay(saved, loaded, tokenizer)
     if as_json:
         print_json(_object(found))
@@ -63,13 +63,13 @@ def command(receipt: Path, model: str | None, source: Path | None, quiet: bool, 
         )
 
 
-def _options(saved: Receipt, path: Path) -> LoadOptions:
-    """The options that the receipt's model was loaded with."""
+def _options(saved: Receipt, path: Path) -> tuple[str, LoadOptions]:
+    """The name of the receipt's model, and the options that it was loaded with."""
     defaults: dict[str, Any] = {"weights": None, "convert": True, "tp": None}
     try:
-        return LoadOptions(**defaults | {**saved.load})
-    except TypeError as e:
-        raise CheckpointError(f"{path}: load is damaged: {e}", hint="make the receipt again") from e
+        return str(saved.model["name"]), LoadOptions(**defaults | {**saved.load})
+    except (KeyError, TypeError) as e:
+        raise CheckpointError(f"{path}: model or load is damaged: {e}", hint="make the receipt again") from e
 
 
 def _object(found: Replay) -> dict[str, Any]:

@@ -12,7 +12,7 @@ import numpy as np
 from llama_jax.adapters import About, Adapter
 from llama_jax.adapters.attaching import low_rank_of
 from llama_jax.errors import Overloaded, RequestError, did_you_mean
-from llama_jax.model.adapters import ATTACHED, MORE_MEMBERS, by_leaf, empty_slots, put_adapter
+from llama_jax.model.adapters import ATTACHED, MORE_MEMBERS, by_leaf, empty_slots, fill_slot, slot_members
 from llama_jax.model.loaded import Model
 from llama_jax.params import Params, flatten, projection_names, unflatten
 from llama_jax.sharding import on
@@ -83,7 +83,7 @@ class AdapterPool:
         for name, adapter in adapters.items():
             _check_mixes(name, adapter)
         ranks = [adapter.rank for adapter in adapters.values()]
-        self.rank = rank or max([*ranks, 1 if count is None else LEAST_RANK])
+        self.rank = max([*ranks, 1 if count is None else LEAST_RANK]) if rank is None else rank
         targets = {leaf.rpartition(".")[2] for adapter in adapters.values() for leaf in _changed(adapter)}
         if count is not None:
             targets |= {name.rpartition(".")[2] for name in projection_names(models[0].config)}
@@ -119,10 +119,11 @@ class AdapterPool:
         return held
 
     def prepare(self, name: str, adapter: Adapter) -> list[Params]:
-        """The members that go into slots of each replica.
+        """The contents of a slot of each replica, on the host.
 
         Raises:
-          RequestError: the adapter does not fit the slots, or cannot share a batch with others.
+          RequestError: the adapter does not fit the slots, cannot share a batch with others, or has numbers that are
+            NaN or infinite.
         """
         _check_mixes(name, adapter)
         if adapter.rank > self.rank:
@@ -151,7 +152,7 @@ class AdapterPool:
                     if others[0] == "lm_head"
                     else "start with max_adapters (--max-adapters), which gives every projection slots",
                 )
-            prepared.append(tree)
+            prepared.append(slot_members(slots.tree, tree))
         return prepared
 
     def put(self, name: str, prepared: Sequence[Params], busy: Iterable[int]) -> None:
@@ -178,7 +179,7 @@ class AdapterPool:
             )
         for model, slots, tree in zip(self._models, self.slots, prepared, strict=True):
             with on(model.mesh):
-                slots.tree = put_adapter(slots.tree, slot, tree)
+                slots.tree = fill_slot(slots.tree, slot, tree)
         self._held[name] = Held(slot, next(self._numbers))
 
     def drop(self, name: str) -> None:

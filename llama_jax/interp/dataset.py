@@ -151,7 +151,12 @@ class Activations:
 
         Args:
           seed: for an order that is shuffled: of chunks, and of rows within each; the same for the same seed.
+
+        Raises:
+          RequestError: `size` is not positive; or as for indexing.
         """
+        if size < 1:
+            raise RequestError(f"batches of {size} rows", param="size", hint="at least 1")
         array = self[name]
         step = array.chunk_layout.read_chunk.shape[0]
         starts = np.arange(0, len(self), step)

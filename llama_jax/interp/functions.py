@@ -153,6 +153,8 @@ def _plus(x: jax.Array, _: object, by: jax.Array) -> jax.Array:
 
 def _layers(config: LlamaConfig, layers: Sequence[int] | None) -> Sequence[int]:
     found = range(config.num_layers) if layers is None else layers
+    if not found:
+        raise RequestError("no layer is named", param="layers", hint="leave layers out for all of them")
     for i in found:
         if not 0 <= i < config.num_layers:
             raise RequestError(

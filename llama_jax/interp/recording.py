@@ -32,6 +32,7 @@ from llama_jax.receipts import params_digest
 from llama_jax.sharding import on
 from llama_jax.text.tokenizer import Tokenizer
 
+DTYPES = ("float32", "bfloat16", "float16")
 BATCH_TOKENS = 4096
 """Tokens of a batch by default, padding included; a batch's activations are in memory twice."""
 
@@ -58,7 +59,7 @@ def record_activations(
       tokenizer: None for texts of token ids.
       texts: in a fixed order; an iterator is read as it is needed.
       names: activations or patterns of them (`activation_names`); not "attn_probs", which has no row for each token.
-      dtype: to write; the model's by default, or e.g. "float32", "bfloat16", "float16".
+      dtype: to write, "float32", "bfloat16" or "float16"; the model's by default.
       max_length: longer texts are cut to that many tokens; by default they are an error if the model's context is
         exceeded.
       batch_tokens: tokens of a batch, padding included; one text may have more.
@@ -66,8 +67,8 @@ def record_activations(
       progress: called after each batch with the tokens written, 0 (their number is not known) and "tokens".
 
     Raises:
-      RequestError: an unknown name; a text is empty or too long; the folder holds something else, or was made with
-        other arguments, texts or another model.
+      RequestError: an unknown name, dtype or length; a text is empty, too long or has a token id that is not in the
+        vocabulary; the folder holds something else, or was made with other arguments, texts or another model.
       StorageError, DoesNotFit: the folder cannot be written.
     """
     folder, config = Path(folder), model.config
@@ -76,7 +77,13 @@ def record_activations(
         raise RequestError(
             f"{ON_DEMAND} has no row for each token", param="names", hint="use attention_maps, text by text"
         )
+    if max_length is not None and max_length < 1:
+        raise RequestError(f"max_length={max_length}", param="max_length", hint="at least 1; None cuts no text")
     kept = dtype or model.dtype.name
+    if kept not in DTYPES:
+        raise RequestError(
+            f"activations cannot be written in {kept!r}", param="dtype", hint=f"one of {', '.join(DTYPES)}"
+        )
     settings = {
         "model": model.name,
         "config": digest(repr(config).encode()),
@@ -116,6 +123,12 @@ def _encoded(
                 f"text {number} has {len(ids)} tokens, the model's context {limit}",
                 param="texts",
                 hint="cut texts by max_length=, or split them",
+            )
+        if (bad := next((t for t in (min(ids), max(ids)) if not 0 <= t < config.vocab_size), None)) is not None:
+            raise RequestError(
+                f"text {number} holds token id {bad}; the vocabulary has {config.vocab_size}",
+                param="texts",
+                hint="encode it with this model's tokenizer",
             )
         yield ids
 

@@ -151,18 +151,28 @@ def put_adapter(slots: Params, slot: int, adapter: Mapping[str, Any]) -> Params:
     Args:
       slots: from `empty_slots`. Their arrays are donated: use the returned ones from here on.
       slot: 1 or higher.
+      adapter: as for `slot_members`.
+
+    Raises:
+      RequestError: there is no such slot; or as for `slot_members`.
+    """
+    return fill_slot(slots, slot, slot_members(slots, adapter))
+
+
+def slot_members(slots: Params, adapter: Mapping[str, Any]) -> Params:
+    """The contents of a slot with an adapter, numpy arrays of the slots' shapes and dtypes.
+
+    Args:
+      slots: from `empty_slots`; only shapes and dtypes are read.
       adapter: a tree shaped like the canonical parameters, with {"a" [r, in], "b" [out, r], "scale" scalar} in place of
         projections, and "gain" and "shift" [out] if the slots have them; r may be smaller than the slots' rank, and may
         differ. Projections that it lacks get none. On a mesh that repeats key/value heads, give it through
         `fuse.repeat_kv_heads` first.
 
     Raises:
-      RequestError: there is no such slot, a projection has no slots, or a shape does not fit; names it.
+      RequestError: a projection has no slots, a shape does not fit, or a number is NaN or infinite; names it.
     """
     into = flatten(slots)
-    number = next(iter(into.values())).shape[0]
-    if not 0 < slot < number:
-        raise RequestError(f"slot {slot} of {number}", param="slot", hint=f"give 1 to {number - 1}; slot 0 is none")
     full = {name: np.full(x.shape[1:], _NONE.get(name.rpartition(".")[2], 0), x.dtype) for name, x in into.items()}
     for name, members in by_leaf(adapter).items():
         if not members.keys() >= set(MEMBERS) or any(f"{name}.{member}" not in into for member in members):
@@ -186,10 +196,42 @@ def put_adapter(slots: Params, slot: int, adapter: Mapping[str, Any]) -> Params:
                 param="adapter",
                 hint="make slots of a higher rank, or load an adapter that was made for this model",
             )
-        full[f"{name}.a"][:rank], full[f"{name}.b"][:rank] = a, b.T
-        for member in members.keys() - {"a", "b"}:
-            full[f"{name}.{member}"][...] = arrays[member]
-    return _put(slots, unflatten(full), slot)
+        with np.errstate(over="ignore"):  # what overflows is refused below
+            full[f"{name}.a"][:rank], full[f"{name}.b"][:rank] = a, b.T
+            for member in members.keys() - {"a", "b"}:
+                full[f"{name}.{member}"][...] = arrays[member]
+    check_finite(full)
+    return unflatten(full)
+
+
+def check_finite(members: Mapping[str, Any]) -> None:
+    """Checks an adapter's numbers, by name, in the dtypes that they are computed in. One product has the slots of all
+    tokens, and zero times NaN is NaN: an unsound adapter would change tokens without it. Traced arrays are not known,
+    and pass.
+
+    Raises:
+      RequestError: one is NaN or infinite; names its array.
+    """
+    for name, x in members.items():
+        if not isinstance(x, jax.core.Tracer) and not np.isfinite(np.asarray(x, np.float32)).all():
+            raise RequestError(
+                f"the adapter's {name} has numbers that are NaN or infinite in {x.dtype}",
+                param="adapter",
+                hint="use an earlier state of the adapter if its training has diverged; if its numbers are too large "
+                "for float16, load the model in bfloat16 or float32",
+            )
+
+
+def fill_slot(slots: Params, slot: int, members: Params) -> Params:
+    """Puts what `slot_members` returned into a slot; the arrays of `slots` are donated.
+
+    Raises:
+      RequestError: there is no such slot.
+    """
+    number = jax.tree.leaves(slots)[0].shape[0]
+    if not 0 < slot < number:
+        raise RequestError(f"slot {slot} of {number}", param="slot", hint=f"give 1 to {number - 1}; slot 0 is none")
+    return _put(slots, members, slot)
 
 
 @partial(jax.jit, donate_argnums=0)

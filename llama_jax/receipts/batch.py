@@ -16,7 +16,7 @@ from llama_jax.errors import VerificationError
 from llama_jax.model.loaded import Model
 from llama_jax.receipts.making import made, params_json, params_of
 from llama_jax.receipts.record import Receipt
-from llama_jax.receipts.replaying import Difference, Replay, changed, check_model, first_difference
+from llama_jax.receipts.replaying import Difference, Replay, changed, check_model, first_difference, reading
 from llama_jax.sampling import SamplingParams
 from llama_jax.text.tokenizer import Tokenizer
 
@@ -31,10 +31,12 @@ def batch_receipt(
     sampling: SamplingParams,
     batch_size: int | None,
     batch_invariant: bool,
+    load: Mapping[str, Any] | None = None,
 ) -> Receipt:
     """A receipt of a batch file whose lines are all there.
 
     Args:
+      load: see `receipt`.
       source, target: its input and its output; sampling, batch_size, batch_invariant: of its `BatchFile`.
     """
     run = {
@@ -44,7 +46,7 @@ def batch_receipt(
         "batch_size": batch_size,
         "batch_invariant": batch_invariant,
     }
-    return made(model, [*_answers(target)], load=None, run=run)
+    return made(model, [*_answers(target)], load=load, run=run)
 
 
 def replay_batch(
@@ -64,25 +66,28 @@ def replay_batch(
       RequestError: the input cannot be read.
     """
     check_model(receipt, model)
-    path, run = source or Path(receipt.run["input"]), receipt.run
-    if (found := _digest(path)) != run["input_digest"]:
-        raise VerificationError(f"{path} has the digest {found}, the receipt {run['input_digest']}", hint=_HINT)
+    with reading():
+        run, wanted = receipt.run, receipt.run["input_digest"]
+        path, sampling = source or Path(run["input"]), params_of(run["params"])
+        sizes = {name: run[name] for name in ("batch_size", "batch_invariant")}
+        expected = {request["line"]: request for request in receipt.requests}
+    if (found := _digest(path)) != wanted:
+        raise VerificationError(f"{path} has the digest {found}, the receipt {wanted}", hint=_HINT)
     with tempfile.TemporaryDirectory() as folder:
         target = Path(folder) / "replay.jsonl"
         batch = BatchFile(
             path,
             target,
-            sampling=params_of(run["params"]),
+            sampling=sampling,
             dtype=model.dtype.name,
             kv_dtype=model.kv_dtype,
-            batch_size=run["batch_size"],
-            batch_invariant=run["batch_invariant"],
+            **sizes,
         )
         with batch:
             batch.open(tokenizer, model.config)
             batch.run(model, tokenizer, progress=progress)
         now = {answer["line"]: answer for answer in _answers(target)}
-    pairs = [(was, now.get(was["line"], {})) for was in receipt.requests]
+    pairs = [(was, now.get(line, {})) for line, was in expected.items()]
     return Replay(len(pairs), [d for pair in pairs for d in _compared(*pair)], changed(receipt, model))
 
 

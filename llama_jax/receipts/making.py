@@ -71,6 +71,7 @@ def made(
             "name": model.name,
             "digest": params_digest(model.params),
             "config": digest(repr(model.config).encode()),
+            "adapters": adapters_digests(model),
         },
         load=_loaded(model) | {**(load or {})},
         run=run,
@@ -90,6 +91,11 @@ def params_digest(params: Params) -> str:
         whole.update(f"{name} {leaf.dtype.name} {leaf.shape}\n".encode())
         whole.update(np.ascontiguousarray(jax.device_get(leaf)).reshape(-1).view(np.uint8))
     return str(whole)
+
+
+def adapters_digests(model: Model) -> dict[str, str]:
+    """Digests of the adapters that requests can name, which the parameters do not hold."""
+    return {name: adapter.digest for name, adapter in model.adapters.items()}
 
 
 def request_json(prompt: Sequence[int], params: SamplingParams, tokens: Sequence[Sequence[int]]) -> dict[str, Any]:

@@ -20,7 +20,7 @@ class Receipt:
 
     Attributes:
       made: time, ISO 8601 in UTC.
-      model: name, digest of the parameters in memory, digest of the configuration, layers and sizes in words.
+      model: name, digest of the parameters in memory, digest of the configuration, and of each adapter by name.
       load: options to load it with, as the command line has them (`dtype`, `weights`, `mesh`, ...).
       run: options of the run: `page_size`; of a batch file also its path, its digest and `batch_size`.
       requests: of each prompt its token ids, the fields of SamplingParams that differ from their defaults, and the new

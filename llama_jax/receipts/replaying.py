@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from llama_jax.errors import CheckpointError, RequestError, VerificationError
 from llama_jax.generation import batch_generate
 from llama_jax.model.loaded import Model
-from llama_jax.receipts.making import environment, kernels, params_digest, params_of
+from llama_jax.receipts.making import adapters_digests, environment, kernels, params_digest, params_of
 from llama_jax.receipts.record import Receipt
 from llama_jax.text.tokenizer import Tokenizer
 
@@ -51,6 +52,15 @@ class Replay:
         return not self.tokens
 
 
+@contextlib.contextmanager
+def reading() -> Iterator[None]:
+    """Raises CheckpointError for what a damaged receipt lacks."""
+    try:
+        yield
+    except (KeyError, TypeError, ValueError, AttributeError) as e:
+        raise CheckpointError(f"the receipt is damaged: {e!r}", hint="make the receipt again") from e
+
+
 def check_model(receipt: Receipt, model: Model) -> None:
     """Raises VerificationError if the model is not the receipt's."""
     found = params_digest(model.params)
@@ -58,6 +68,12 @@ def check_model(receipt: Receipt, model: Model) -> None:
         raise VerificationError(
             f"the receipt is of a model with the digest {receipt.model.get('digest')}, this one has {found}",
             hint="load the same weights in the same form; `load` in the receipt has the options",
+        )
+    was, now = receipt.model.get("adapters", {}), adapters_digests(model)
+    if was != now:
+        raise VerificationError(
+            f"the receipt is of a model with the adapters {was}, this one has {now}",
+            hint="load the same adapters under the same names",
         )
 
 
@@ -78,13 +94,13 @@ def replay(receipt: Receipt, model: Model, tokenizer: Tokenizer | None = None) -
             "the receipt is of a batch file", param="receipt", hint="use `llama-jax replay`, or run the batch again"
         )
     check_model(receipt, model)
-    try:
+    with reading():
         prompts = [request["prompt_token_ids"] for request in receipt.requests]
         params = [params_of(request["params"]) for request in receipt.requests]
         expected = [request["token_ids"] for request in receipt.requests]
         page_size = int(receipt.run["page_size"])
-    except (KeyError, TypeError, ValueError, AttributeError) as e:
-        raise CheckpointError(f"the receipt is damaged: {e!r}", hint="make the receipt again") from e
+        if [len(each) for each in expected] != [each.n for each in params]:
+            raise ValueError("continuations are missing")
     outputs = batch_generate(model, tokenizer, prompts, params, page_size=page_size)
     found = [[list(c.token_ids) for c in output.outputs] for output in outputs]
     differing = [

@@ -66,7 +66,7 @@ class RollingScore:
     @property
     def perplexity(self) -> float:
         """Of a token: exp of its mean negative log-probability."""
-        return math.exp(-self.logprob / self.tokens)
+        return _exp(-self.logprob / self.tokens)
 
     @property
     def error(self) -> float:
@@ -76,18 +76,26 @@ class RollingScore:
 
     @property
     def word_perplexity(self) -> float:
-        """Of a word: independent of the tokenizer."""
-        return math.exp(-self.logprob / self.words)
+        """Of a word: independent of the tokenizer. Infinite where it exceeds a float, as in a long text without white
+        space, which is one word."""
+        return _exp(-self.logprob / self.words)
 
     @property
     def byte_perplexity(self) -> float:
         """Of a byte."""
-        return math.exp(-self.logprob / self.bytes)
+        return _exp(-self.logprob / self.bytes)
 
     @property
     def bits_per_byte(self) -> float:
         """Binary logarithm of `byte_perplexity`."""
         return -self.logprob / (self.bytes * math.log(2))
+
+
+def _exp(x: float) -> float:
+    try:
+        return math.exp(x)
+    except OverflowError:
+        return math.inf
 
 
 def score(

@@ -67,7 +67,7 @@ class LlamaJaxLM(LM):
             self.model, self.tokenizer = pretrained, tokenizer
         else:
             self.model, self.tokenizer = load(pretrained, **options)
-        self.max_length = int(max_length or self.model.config.context_length)
+        self.max_length = self.model.config.context_length if max_length is None else int(max_length)
         self._progress = progress
         self._scoring: dict[str, Any] = {
             "max_length": self.max_length,

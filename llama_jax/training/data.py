@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -281,13 +282,19 @@ def _text_or_chat(line: Any) -> dict[str, Any]:
     return line
 
 
-def _size(path: str | Path) -> int:
+@contextlib.contextmanager
+def _readable(path: str | Path) -> Iterator[None]:
     try:
-        return Path(path).stat().st_size
+        yield
     except OSError as error:
         raise DataError(f"cannot read {path}: {error.strerror}", hint="check the path") from error
 
 
+def _size(path: str | Path) -> int:
+    with _readable(path):
+        return Path(path).stat().st_size
+
+
 def _lines(path: str | Path) -> Iterator[tuple[int, bytes]]:
-    with Path(path).open("rb") as file:
+    with _readable(path), Path(path).open("rb") as file:
         yield from enumerate(file, 1)

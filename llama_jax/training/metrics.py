@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import statistics
 import time
 from collections import deque
@@ -14,6 +15,7 @@ from typing import Any
 import jax
 
 from llama_jax import disk
+from llama_jax.errors import RequestError
 from llama_jax.measure.bench import sound_share
 
 
@@ -108,7 +110,11 @@ class Watch:
         self._pending = number, found, lengths
 
     def finish(self) -> None:
-        """Waits for the step that was dispatched last, and tells of it."""
+        """Waits for the step that was dispatched last, and tells of it.
+
+        Raises:
+          RequestError: its loss or gradient is not finite. A run that saves no state before has sound checkpoints.
+        """
         if self._pending is None:
             return
         (number, found, lengths), self._pending = self._pending, None
@@ -117,6 +123,12 @@ class Watch:
         seconds, self._began = now - self._began, now
         self._times.append(seconds)
         self.loss = values["loss"]
+        if not math.isfinite(self.loss + values["grad_norm"]):
+            raise RequestError(
+                f"step {number + 1}: the loss is {self.loss}, the norm of its gradient {values['grad_norm']}",
+                param="optimizer",
+                hint="training has diverged: choose a lower learning_rate or a longer warmup, and another output",
+            )
         self._told(
             Measured(
                 step=number + 1,

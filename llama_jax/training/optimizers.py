@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -28,7 +29,10 @@ class Optimizer:
       betas: of adamw and lion.
       eps: of adamw.
       weight_decay: decoupled, on matrices alone: neither norms nor biases decay.
-      max_grad_norm: longer gradients are scaled to this norm; None leaves them.
+      max_grad_norm: longer gradients are scaled to this norm; None or inf leaves them.
+
+    Raises:
+      RequestError: a name is not known, or a number is out of range.
     """
 
     name: str = "adamw"
@@ -46,8 +50,18 @@ class Optimizer:
             if (value := getattr(self, name)) not in known:
                 hint = did_you_mean(value, known) or f"there are {', '.join(known)}"
                 raise RequestError(f"no optimiser has the {name} {value!r}", param=name, hint=hint)
-        if self.learning_rate <= 0:
-            raise RequestError("the learning rate must be positive", param="learning_rate", hint="e.g. 2e-4")
+        ranges = {  # nan is in none of them
+            "learning_rate": (0 < self.learning_rate < math.inf, "be positive", "e.g. 2e-4"),
+            "warmup": (self.warmup >= 0, "not be negative", "0 is none"),
+            "end": (0 <= self.end <= 1, "be from 0 to 1", "it is a share of the highest rate"),
+            "betas": (all(0 <= beta < 1 for beta in self.betas), "be from 0 to below 1", "e.g. [0.9, 0.999]"),
+            "eps": (0 < self.eps < math.inf, "be positive", "e.g. 1e-8"),
+            "weight_decay": (0 <= self.weight_decay < math.inf, "not be negative", "0 is none"),
+            "max_grad_norm": (self.max_grad_norm is None or self.max_grad_norm > 0, "be positive", "inf is no limit"),
+        }
+        for name, (sound, must, hint) in ranges.items():
+            if not sound:
+                raise RequestError(f"{name} = {getattr(self, name)} must {must}", param=name, hint=hint)
 
     def rate(self, steps: int) -> optax.Schedule:
         """The learning rate of each step, counted from 0, of a run of so many."""

@@ -83,7 +83,8 @@ def train(
       stop: asked after every step; True saves a checkpoint and returns.
 
     Raises:
-      LlamaJaxError: as `load`; DataError: the data; RequestError: the settings, or the output is of another run.
+      LlamaJaxError: as `load`; DataError: the data; RequestError: the settings, the output is of another run, or
+        training has diverged.
     """
     say = notify or (lambda _: None)
     output = Path(settings.output).expanduser()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import math
 import tomllib
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -184,8 +185,12 @@ class Settings:
                 param="rows.parts",
                 hint="choose a number that divides rows.rows",
             )
-        if self.dpo.beta <= 0:
-            raise RequestError("dpo.beta must be positive", param="dpo.beta", hint="e.g. 0.1")
+        for name, factor, hint in (("dpo.beta", self.dpo.beta, "e.g. 0.1"), ("lora.alpha", self.lora.alpha, "e.g. 32")):
+            if not 0 < factor < math.inf:
+                raise RequestError(f"{name} must be positive", param=name, hint=hint)
+        if not 0 <= self.seed < 2**32:
+            raise RequestError(f"seed = {self.seed} is out of range", param="seed", hint="from 0 to 4294967295")
+        _check_template(self.data.template)
         if not self.data.files:
             raise RequestError("data.files names no file", param="data.files", hint='e.g. files = ["train.jsonl"]')
 
@@ -198,6 +203,18 @@ class Settings:
         for name in ("remat", "logits", "mesh"):
             del kept["compute"][name]
         return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
+
+
+def _check_template(variables: dict[str, Any]) -> None:
+    """Raises RequestError for variables that a run sets itself, and for values that are no JSON."""
+    if taken := variables.keys() & {"add_generation_prompt", "messages", "tokenizer", "tools"}:
+        name = f"data.template.{min(taken)}"
+        raise RequestError(f"{name} cannot be set", param=name, hint="lines have messages and tools of their own")
+    try:
+        json.dumps(variables)
+    except TypeError as error:
+        hint = 'a date is a text, with quotation marks: date_string = "26 Jul 2024"'
+        raise RequestError(f"data.template: {error}", param="data.template", hint=hint) from error
 
 
 def read_settings(path: str | Path) -> Settings:
