@@ -19,7 +19,7 @@ from llama_jax.quantized import Layout, layout_named
 from llama_jax.quantized.layout import OFFSETS, pack_codes
 
 _Block = tuple[np.ndarray, np.ndarray, np.ndarray | None]
-"""Of blocks [n]: unsigned codes [n, numbers] uint8 (of Q8_0, Q6_K and MXFP4 signed, int8), scales [n, groups], and minima."""
+"""Of blocks [n]: codes [n, numbers] uint8 (of Q8_0, Q6_K and MXFP4 signed, int8), scales [n, groups], and minima."""
 
 
 def layout_of(kind: int) -> Layout | None:

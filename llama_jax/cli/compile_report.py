@@ -110,8 +110,8 @@ def _phase_lines(phase: Phase, chunk: int) -> list[str]:
     floor = phase.floor
     lines.append(
         f"  predicted    at least {ms_text(floor.seconds)}, by peak rates of the data sheet: arithmetic of "
-        f"{flops_text(floor.flops)} {ms_text(floor.compute_s)}, reading the {size_text(floor.read_bytes)} that have to be read "
-        f"{ms_text(floor.memory_s)}, exchange {ms_text(floor.links_s)}"
+        f"{flops_text(floor.flops)} {ms_text(floor.compute_s)}, reading the {size_text(floor.read_bytes)} that have to "
+        f"be read {ms_text(floor.memory_s)}, exchange {ms_text(floor.links_s)}"
     )
     calls = ", ".join(
         f"{n} x {name}" for name, n in c.library_calls.items() if name not in {x.kind for x in c.collectives}
