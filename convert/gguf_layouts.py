@@ -3,7 +3,7 @@
 Blocks are those of ggml/src/ggml-common.h of llama.cpp. One of 32 numbers (Q4_0, Q4_1, Q5_0, Q5_1, Q8_0) begins with
 its scale in float16, perhaps followed by its minimum; one of 256 (the K types) has a scale, and perhaps one of minima,
 for the small integers that are the scales and minima of its groups. Products of the two are kept in float32, which
-holds them exactly.
+holds them exactly. The scale of 32 four-bit floats (MXFP4) is a power of two.
 """
 
 from __future__ import annotations
@@ -13,11 +13,13 @@ from types import MappingProxyType
 
 import numpy as np
 
+from llama_jax.checkpoint.source import BFLOAT16
+from llama_jax.convert.quantized.codes import E2M1
 from llama_jax.quantized import Layout, layout_named
 from llama_jax.quantized.layout import OFFSETS, pack_codes
 
 _Block = tuple[np.ndarray, np.ndarray, np.ndarray | None]
-"""Of blocks [n]: unsigned codes [n, numbers] uint8 (of Q8_0 and Q6_K signed, int8), scales [n, groups], and minima."""
+"""Of blocks [n]: codes [n, numbers] uint8 (of Q8_0, Q6_K and MXFP4 signed, int8), scales [n, groups], and minima."""
 
 
 def layout_of(kind: int) -> Layout | None:
@@ -139,6 +141,11 @@ def _q3_k(block: np.ndarray) -> _Block:
     return codes, _products(_floats(block, 108, 1), scales.view(np.int8) - np.int8(32)), None
 
 
+def _mxfp4(block: np.ndarray) -> _Block:
+    scales = np.ldexp(np.float32(1), block[:, :1].astype(np.int32) - 128)
+    return E2M1[_halves(block[:, 1:])], scales.astype(BFLOAT16), None
+
+
 _TYPES: Mapping[int, tuple[str, int, Callable[[np.ndarray], _Block], int]] = MappingProxyType(
     {
         2: ("int4_g32", 18, _q4_0, 8),
@@ -151,6 +158,7 @@ _TYPES: Mapping[int, tuple[str, int, Callable[[np.ndarray], _Block], int]] = Map
         12: ("int4_g32_min_f32", 144, _q4_k, 8),
         13: ("int8_g32_min_f32", 176, _q5_k, 0),
         14: ("int8_g16_f32", 210, _q6_k, 32),
+        39: ("int8_g32_bf16", 17, _mxfp4, 0),
     }
 )
 """Number of a GGML type to the name of its layout, bytes of a block, what takes blocks apart, and the number that is

@@ -209,6 +209,17 @@ def test_refused(options: dict[str, Any], name: str, says: str) -> None:
     assert caught.value.hint
 
 
+def test_beside_routed_experts() -> None:
+    """Experts that are left as they are do not keep attention from being calibrated."""
+    model = Model(random_params(TINY["sigmoid-moe"]), TINY["sigmoid-moe"])
+    tokens = np.asarray(random_tokens(model.config, 1, 4))
+    small = lj.quantize(model, "int4_g4", method="awq", calibration=tokens, ignore="*.moe.*")
+    kinds = {leaf.split(".")[2] for leaf, _ in small.config.schemes if leaf.startswith("layers.")}
+    assert kinds == {"attn", "mlp"}
+    expected, found = (run(m.params, m.config, tokens)[0] for m in (model, small))
+    assert 0 < error(found, expected) < 0.5
+
+
 # ---- the command
 
 

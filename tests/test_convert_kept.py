@@ -174,6 +174,7 @@ GGUF_KEPT = {
     Kind.Q4_K: "int4_g32_min_f32",
     Kind.Q5_K: "int8_g32_min_f32",
     Kind.Q6_K: "int8_g16_f32",
+    Kind.MXFP4: "int8_g32_bf16",
 }
 
 

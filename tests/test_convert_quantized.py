@@ -383,6 +383,12 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("ct-int4-group", {"config_groups": {}}, "config_groups"),
     ("ct-int4-group", {"config_groups": {"W4A16": ["Linear"]}}, r"config_groups\.W4A16"),
     ("ct-int4-group", weights_group(type="float"), "num_bits = 4"),
+    ("ct-int4-group", {"format": "mxfp4-pack-quantized"}, "num_bits = 4"),
+    (
+        "ct-int4-group",
+        {"format": "mxfp4-pack-quantized", **weights_group(type="float", group_size=16)},
+        "group_size = 16",
+    ),
     ("ct-int4-group", weights_group(num_bits=9), "num_bits"),
     ("ct-int4-group", weights_group(strategy="tensor_group"), "strategy = 'tensor_group'"),
     ("ct-int4-group", weights_group(group_size=48), "group_size = 48"),

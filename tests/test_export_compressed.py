@@ -12,6 +12,7 @@ from click.testing import CliRunner
 from safetensors.numpy import load_file
 from test_convert_quantized import DATA
 from tiny_chat_model import write_chat_model
+from tiny_models import MIXTRAL, write_hf
 
 from llama_jax.checkpoint import load_params, open_checkpoint
 from llama_jax.cli import cli
@@ -77,3 +78,12 @@ def test_refused(tmp_path: Path) -> None:
     with pytest.raises(UnsupportedModel, match=r"stored as int4_g32_zero.*_ordered, which"):
         export_compressed(path, tmp_path / "ct")
     export_hf(path, tmp_path / "hf")  # which decodes
+
+
+def test_routed_experts_are_refused(tmp_path: Path) -> None:
+    """Plain ones too: the format's readers know them by other names."""
+    write_hf(tmp_path / "moe", MIXTRAL)
+    path = convert(tmp_path / "moe", tmp_path / "q", recipe=recipe("int8", ignore="*.moe.*"))
+    with pytest.raises(UnsupportedModel, match="routed experts") as caught:
+        export_compressed(path, tmp_path / "ct")
+    assert "--to hf" in str(caught.value.hint)

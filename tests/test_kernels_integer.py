@@ -30,7 +30,10 @@ from llama_jax.recipe import check_activations, recipe, usual_form
 from llama_jax.targets import find
 from llama_jax.targets.table import CPU
 
-LAYOUTS = ("int8", "int4", "int8_g32", "int4_g32", "int4_g64_min", "int4_g32_zero", "int4_g32_min_bf16")
+LAYOUTS = (
+    *("int8", "int4", "int8_g32", "int4_g32", "int4_g64_min", "int4_g32_zero", "int4_g32_min_bf16"),
+    *("int8_g32_min", "int8_g64_zero", "int8_zero"),
+)
 
 
 def example(layout: str, rows: int, out: int, inner: int, seed: int = 0) -> tuple[np.ndarray, dict[str, np.ndarray]]:
@@ -59,12 +62,12 @@ def exact(x: np.ndarray, members: dict[str, np.ndarray], layout: str) -> np.ndar
     if where.bits == 4:
         halves = np.stack([stored << 4, stored], axis=-1).reshape(*stored.shape[:-1], -1)
         stored = halves.view(np.int8) >> 4
-    number = {name: member.astype(np.float64)[..., None] for name, member in members.items() if name != layout}
+    number = {name: x.astype(np.float64).reshape(len(x), -1, 1) for name, x in members.items() if name != layout}
     codes = stored.reshape(len(stored), -1, where.group or x.shape[-1]).astype(np.float64)
-    scale = number["scales"].reshape(len(stored), -1, 1)
+    scale = number["scales"]
     weight = (codes - number["zeros"] if where.offset == "zero" else codes) * scale
     if where.offset == "min":
-        weight = weight + 8 * scale + number["minima"]
+        weight = weight - where.lowest * scale + number["minima"]
     return rounded.reshape(x.shape) @ weight.reshape(stored.shape).T
 
 

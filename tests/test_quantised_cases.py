@@ -17,6 +17,7 @@ Other modules hold these:
 from __future__ import annotations
 
 import json
+import tracemalloc
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
@@ -37,6 +38,7 @@ from test_convert_quantized import (
     copy_case,
     edit_config,
     weights,
+    weights_group,
     write_experts_in_blocks,
     write_experts_of_fbgemm,
     write_fp8,
@@ -388,6 +390,43 @@ def test_17_groups_of_odd_size(tmp_path: Path) -> None:
     assert scheme_named("int4_g32_zero").layout is not None
     with pytest.raises(Exception, match="int4_g11_zero"):
         scheme_named("int4_g11_zero")
+
+
+def test_mxfp4(tmp_path: Path) -> None:
+    """Four-bit floats with powers of two as scales, in the layout of compressed-tensors' `mxfp4/base.py`: their
+    doubles are whole numbers, so they are kept, and the same. A scale of 255 is NaN."""
+    folder = copy_case(tmp_path, "ct-int4-group")
+    edit_config(folder, format="mxfp4-pack-quantized", **weights_group(type="float"))
+    tensors, rng = load_file(folder / "model.safetensors"), np.random.default_rng(0)
+    for name in [name for name in tensors if name.endswith("weight_packed")]:
+        stem, (rows, words) = name.removesuffix("packed"), tensors[name].shape
+        tensors[name] = rng.integers(0, 256, (rows, 4 * words), np.uint8)
+        tensors[f"{stem}scale"] = rng.integers(120, 130, (rows, words // 4), np.uint8)
+        del tensors[f"{stem}shape"]
+    save_file(tensors, folder / "model.safetensors")
+    assert set(assert_same(folder).values()) == {"int8_g32_bf16"}
+    packed, exponents = tensors[f"{Q}.weight_packed"], tensors[f"{Q}.weight_scale"].astype(int) - 127
+    codes = np.stack([packed & 15, packed >> 4], axis=-1).reshape(64, 64)
+    numbers = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6])[codes & 7] * np.where(codes > 7, -1, 1)
+    found = weights(folder)[f"{Q}.weight"]
+    np.testing.assert_array_equal(found, (numbers * np.repeat(2.0**exponents, 32, axis=1)).astype(found.dtype))
+    tensors[f"{Q}.weight_scale"][3, 1] = 255
+    save_file(tensors, folder / "model.safetensors")
+    with pytest.raises(CheckpointError, match="NaN or infinite"):
+        convert(folder, tmp_path / "out")
+
+
+def test_groups_far_beyond_those_there_are(tmp_path: Path) -> None:
+    """A damaged number of a group is named; memory for as many groups is not asked for."""
+    folder = copy_case(tmp_path, "gptq-int4-act-order")
+    change_tensors(folder, g_idx=np.full(64, 1 << 24, np.int32))
+    tracemalloc.start()
+    try:
+        with pytest.raises(CheckpointError, match="groups from 16777216 to 16777216, there are 2"):
+            convert(folder, tmp_path / "out")
+        assert tracemalloc.get_traced_memory()[1] < 1 << 26
+    finally:
+        tracemalloc.stop()
 
 
 def test_members_of_an_order(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +14,14 @@ import pytest
 from click.testing import CliRunner
 from test_convert_quantized import DATA
 from tiny_chat_model import write_chat_model
+from tiny_models import LLAMA, write_hf
 
 from llama_jax.checkpoint import load_params, open_checkpoint, verify, write
+from llama_jax.checkpoint.build import load_source
 from llama_jax.cli import cli
 from llama_jax.convert import convert
-from llama_jax.convert.export import export_hf
+from llama_jax.convert.export import export_gguf, export_hf
+from llama_jax.convert.opening import open_source
 from llama_jax.convert.verify import verify_source
 from llama_jax.disk import size_text
 from llama_jax.errors import RequestError
@@ -147,6 +151,27 @@ def test_exports_decode(plain: Path, tmp_path: Path) -> None:
     params, _ = dequantize_params(load_params(path), open_checkpoint(path).config, "float32")
     for name, leaf in flatten(load_params(back)).items():
         np.testing.assert_array_equal(leaf, flatten(params)[name])
+
+
+@pytest.mark.parametrize(("weights", "kind"), [("int4_g32_min", "q4_1"), ("int8_g32", "q8_0")])
+def test_gguf_finds_the_codes_again(weights: str, kind: str, tmp_path: Path) -> None:
+    """Decoded in float32, whatever the rest of the checkpoint is in; and so in Hugging Face's folders."""
+    write_hf(tmp_path / "hf", LLAMA | {"hidden_size": 32, "intermediate_size": 64})
+    (tmp_path / "hf" / "tokenizer.json").unlink()
+    path = convert(tmp_path / "hf", tmp_path / "q", recipe=recipe(weights, lm_head=weights, embed=weights))
+    export_gguf(path, tmp_path / "m.gguf", kind=kind)
+    export_hf(path, tmp_path / "floats", dtype="float32")
+    expected = flatten(load_params(path))
+    with closing(open_source(tmp_path / "m.gguf", dequantize=False)) as source:
+        schemes, found = dict(source.config.schemes), flatten(load_source(source))
+    assert schemes["layers.0.attn.q_proj"] == weights
+    for name, leaf in expected.items():
+        if name.startswith("layers.") and schemes.get(name.rpartition(".")[0]) == weights:
+            np.testing.assert_array_equal(found[name], leaf, err_msg=name)
+    floats, _ = dequantize_params(load_params(path), open_checkpoint(path).config, "float32")
+    back = flatten(load_params(convert(tmp_path / "floats", tmp_path / "back")))
+    leaf = "layers.0.attn.q_proj.weight"
+    np.testing.assert_array_equal(back[leaf], flatten(floats)[leaf])
 
 
 def test_show_and_plan(plain: Path, tmp_path: Path) -> None:

@@ -122,12 +122,15 @@ def _check(source: CheckpointSource, packed: Mapping[str, Layout]) -> None:
             f"{source.path} has no weights in few bits", hint="quantise it first, or export it with --to hf"
         )
     shapes = {spec.leaf: spec.shape for spec in canonical_specs(source.config) if spec.path[-1] == "weight"}
+    if stacks := [leaf for leaf, shape in shapes.items() if len(shape) > 2]:  # plain ones have other names there too
+        raise UnsupportedModel(
+            f"{stacks[0]} is a stack of routed experts, which are not exported to {FORMAT}",
+            hint="export decoded weights with --to hf",
+        )
     names = dict(source.config.schemes)
     for leaf, layout in packed.items():
-        rows, columns = shapes[leaf][-2:]
-        if len(shapes[leaf]) > 2:
-            why = "is a stack of routed experts"
-        elif layout.kind == "fp8" or layout.offset == "min" or names[leaf] != layout.name:
+        rows, columns = shapes[leaf]
+        if layout.kind == "fp8" or layout.offset == "min" or names[leaf] != layout.name:
             why = f"is stored as {names[leaf]}"
         elif columns % _WORD or (layout.offset == "zero" and rows % _WORD):
             why = f"has {rows} x {columns} numbers, which do not fill words of {_WORD}"

@@ -72,7 +72,7 @@ def export_gguf(
     dst = Path(dst).absolute()
     if dst.suffix != ".gguf":
         raise RequestError(f"{dst.name} does not end in .gguf", param="dst", hint="GGUF export makes a single file")
-    source = PlainSource(checkpoint)
+    source = PlainSource(checkpoint, "float32")  # in which q4_1 and q8_0 find their own grids again
     kind = kind or _STORED[source.checkpoint.dtype]
     if kind not in GGUF_TYPES:
         raise RequestError(f"GGUF type {kind!r} is not known", param="kind", hint=f"one of {', '.join(GGUF_TYPES)}")

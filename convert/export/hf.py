@@ -62,7 +62,7 @@ def export_hf(
     if shard_bytes < 1:
         raise RequestError(f"a shard of {shard_bytes} bytes holds nothing", param="shard_bytes", hint="at least 1")
     wanted = None if dtype is None else storage_dtype(dtype)
-    source, dst = PlainSource(checkpoint), Path(dst).absolute()
+    source, dst = PlainSource(checkpoint, None if wanted is None else wanted.name), Path(dst).absolute()
     steps = _steps(source, None if wanted is None else wanted.name)
     files = checked_files(source.checkpoint, FILES)
     stored = source.checkpoint.dtype

@@ -37,6 +37,9 @@ class Exported:
 class PlainSource:
     """A checkpoint to export: all of its weights are plain, quantised ones are decoded.
 
+    Args:
+      decoded: numpy name of the dtype that these are decoded to; that of the checkpoint when None.
+
     Attributes:
       checkpoint: its metadata.
       config: without schemes.
@@ -47,7 +50,7 @@ class PlainSource:
       UnsupportedModel: a scheme of another package stores weights. Others as `CheckpointSource`.
     """
 
-    def __init__(self, path: str | Path):
+    def __init__(self, path: str | Path, decoded: str | None = None):
         source = CheckpointSource(path)
         self.checkpoint = source.checkpoint
         if others := sorted({name for _, name in source.config.schemes if stored_layout(name) is None}):
@@ -55,7 +58,7 @@ class PlainSource:
                 f"{source.path} stores weights by {', '.join(others)}, which no other format knows",
                 hint="export the checkpoint that it was made from",
             )
-        plain = DequantizedSource(source, self.checkpoint.dtype)
+        plain = DequantizedSource(source, decoded or self.checkpoint.dtype)
         self.config, self.specs = plain.config, param_specs(plain.config)
         self.read, self.dtype = plain.read, plain.dtype
         self.nbytes = sum(spec.size * plain.dtype(spec).itemsize for spec in self.specs)

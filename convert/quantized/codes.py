@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+E2M1 = np.array([sign * size for sign in (1, -1) for size in (0, 1, 2, 3, 4, 6, 8, 12)], np.int8)
+"""Twice the number that each code of the four-bit floats of MXFP4 represents, so that all are whole."""
 _BLOCK_ELEMENTS = 1 << 18
 """Floats that are computed at a time: 1 MiB, which stays in a processor's cache."""
 

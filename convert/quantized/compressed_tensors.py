@@ -3,7 +3,8 @@
 One `config_groups` entry says for the modules that its `targets` match how their weights are quantised. Stored are
 `weight` in int8 or float8 (formats `int-quantized`, `float-quantized`, `naive-quantized`) or `weight_packed` with
 integers of `num_bits` in int32 words (`pack-quantized`), and `weight_scale`, in floats, per tensor, row ("channel"),
-group of columns, or block. The value is (code - weight_zero_point) * weight_scale.
+group of columns, or block. The value is (code - weight_zero_point) * weight_scale. In `mxfp4-pack-quantized`
+`weight_packed` has two four-bit floats a byte, the first in the low half, and `weight_scale` exponents of 2, plus 127.
 """
 
 from __future__ import annotations
@@ -14,16 +15,18 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 
 from llama_jax.config.fields import Fields, bad
 from llama_jax.convert.quantized import settings
-from llama_jax.convert.quantized.codes import Codes, packed_words, unpack
+from llama_jax.convert.quantized.codes import E2M1, Codes, packed_words, unpack
 from llama_jax.convert.quantized.scheme import FLOATS, SAME, Bundle, Part, Scheme, cdiv, grouped, unsupported
 from llama_jax.errors import CheckpointError
 from llama_jax.quantized import Layout
 
-_FORMATS = ("pack-quantized", "int-quantized", "float-quantized", "naive-quantized")
+_MXFP4 = "mxfp4-pack-quantized"
+_FORMATS = ("pack-quantized", "int-quantized", "float-quantized", "naive-quantized", _MXFP4)
 _STRATEGIES = ("tensor", "channel", "group", "block")
 
 
@@ -95,6 +98,11 @@ class CompressedTensors(Scheme):
         scales = cdiv(rows, block[0]), cdiv(cols, block[1])
         shapes = {"tensor": ((1,), (), scales), "channel": (scales, (rows,))}.get(group.strategy, (scales,))
         fp8 = group.kind == "float"
+        if fp8 and group.packed:
+            return {
+                "packed": Part(("U8",), ((rows, cols // 2),)),
+                "scale": Part(("U8", "F8_E8M0"), (scales,), scale=True),
+            }
         parts = {"scale": Part(FLOATS, shapes, scale=True, nonzero=fp8)}
         if group.packed:
             # Of 3, 5, 6 and 7 bits some versions put as many into a word as it holds whole, others a stream of bits.
@@ -118,6 +126,8 @@ class CompressedTensors(Scheme):
         if not bundle.even("g_idx", group.group):
             return None
         scales = bundle.entry("scale").dtype
+        if group.kind == "float" and group.packed:
+            return grouped("int8", columns, shape[-1], None, "BF16")
         if group.kind == "float":
             return None if shifted else grouped("fp8", columns, shape[-1], None, scales)
         kind = "int4" if group.packed and group.bits <= 4 else "int8"
@@ -131,6 +141,10 @@ class CompressedTensors(Scheme):
         block = group.block_of(shape)
         grid = cdiv(rows, block[0]), cdiv(cols, block[1])
         zeros = tensors.get("zero_point")
+        if group.packed and group.kind == "float":
+            # Codes and their numbers doubled, scales halved: whole numbers, as a layout holds them.
+            values = E2M1[unpack(tensors["packed"].view(np.int32), group.bits, cols)]
+            return Codes(values, tensors["scale"].view(ml_dtypes.float8_e8m0fnu).astype(np.float32) / 2, block)
         if group.packed:
             if tuple(tensors["shape"].tolist()) != shape:
                 raise CheckpointError(
@@ -204,8 +218,9 @@ def _group(f: Fields, name: str, value: Any) -> Weights | None:
     stored = settings.one_of(Fields({"format": stored}, f.prefix), "format", _FORMATS, "")
     kind = settings.one_of(w, "type", ("int", "float"), "int")
     bits = w.integer("num_bits", 8, high=8)
-    packed = stored == "pack-quantized"
-    if (kind == "float" and (bits != 8 or packed)) or (stored == "float-quantized" and kind == "int"):
+    packed = stored in ("pack-quantized", _MXFP4)
+    floats = {_MXFP4: 4, "float-quantized": 8, "naive-quantized": 8}  # and their bits
+    if (floats.get(stored) != bits) if kind == "float" else stored in (_MXFP4, "float-quantized"):
         raise unsupported(w.name("num_bits"), bits, f"{kind} weights in another format than {stored}")
     settings.absent(w, "dynamic")
     group_size = settings.group_size(w)
@@ -220,6 +235,8 @@ def _group(f: Fields, name: str, value: Any) -> Weights | None:
         raise bad(w.name("block_structure"), block, "two positive integers")
     if strategy == "group" and group_size is None:
         strategy = "channel"
+    if stored == _MXFP4 and (strategy, group_size) != ("group", 32):
+        raise unsupported(w.name("group_size"), group_size, f"groups of 32 in {stored}")
     return Weights(
         targets=settings.names(group, "targets"),
         packed=packed,

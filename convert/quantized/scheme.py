@@ -134,7 +134,7 @@ class Bundle:
     def even(self, part: str, group: int) -> bool:
         """Returns whether every group has this many columns, by that tensor."""
         index = self.read(part) if part in self.tensors else np.full(1, -1)
-        return bool((index == -1).all() or (np.bincount(index.clip(0)) == group).all())
+        return bool((index == -1).all() or (np.unique(index, return_counts=True)[1] == group).all())
 
     def check(self, parts: Mapping[str, Part]) -> None:
         """Compares the tensors with what they must be.

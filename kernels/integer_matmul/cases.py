@@ -42,6 +42,8 @@ def integer_cases() -> Sequence[Case]:
         ProductShape("int4_g128_zero", 2, 96, 640),
         ProductShape("int4_g32", 9, 37, 4160, "float32"),
         ProductShape("int4_g32_min_f32", 70, 130, 288),
+        ProductShape("int8_g32_min", 2, 40, 320, "float32"),
+        ProductShape("int8_g64_zero", 1, 40, 320),
     )
     quick = 3
     return tuple(_case(shape, quick=i < quick) for i, shape in enumerate(shapes))

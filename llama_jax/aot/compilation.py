@@ -116,15 +116,15 @@ class Compilation:
 
     @property
     def flops(self) -> float | None:
-        """Floating-point operations of one device, by XLA's count; bodies of loops count once. None if libraries do
-        some of them, which XLA does not count."""
+        """Floating-point operations of one device, by XLA's count: bodies of loops count once, Pallas kernels not at
+        all. None if libraries do some of them, which XLA does not count either."""
         if set(self.library_calls) - set(hlo.KINDS):
             return None
         return self._cost.get("flops", 0.0)
 
     @property
     def bytes_accessed(self) -> float:
-        """Bytes that the kernels of one device read and write, by XLA's count, ignoring caches."""
+        """Bytes that the kernels of one device read and write, by XLA's count (`flops`), ignoring caches."""
         return self._cost.get("bytes accessed", 0.0)
 
 

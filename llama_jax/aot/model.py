@@ -20,7 +20,7 @@ from llama_jax.decode.buckets import batch_bucket, pieces
 from llama_jax.errors import DoesNotFit
 from llama_jax.layout import split_config
 from llama_jax.plan import MEMORY_FRACTION, Floor, Plan, Verdict, default_workload, make_plan, remedies, ways_to_fit
-from llama_jax.plan.costs import cache_read_bytes, local_rows, read_bytes
+from llama_jax.plan.costs import cache_read_bytes, local_rows, prefill_flops, read_bytes, step_flops
 from llama_jax.sharding import ways
 from llama_jax.targets import Target, abstract_device
 
@@ -32,9 +32,9 @@ class Phase:
     Attributes:
       name: "prefill" or "decode".
       tokens: that one run puts into the cache, of all rows; capacity: slots of a row's cache in it.
-      floor: the least time of one run, for the arithmetic that XLA counts, for what one device has to read at least
-        (the weights that this many tokens use, and the cache), and for what the devices exchange. A prediction
-        from peak rates: launches, latencies and everything below the peak come on top.
+      floor: the least time of one run, for the arithmetic of one device and what it has to read at least (the weights
+        that this many tokens use, and the cache), both counted from shapes (`plan.costs`), and for what the devices
+        exchange. A prediction from peak rates: launches, latencies and everything below the peak come on top.
     """
 
     name: str
@@ -124,10 +124,12 @@ def compile_model(
             hint=ways_to_fit(remedies(config, plan)),
         )
 
-    def compiled(program: Program, tokens: int, capacity: int, cache: int, *, overlapped: bool = False) -> Phase:
+    def compiled(
+        program: Program, tokens: int, capacity: int, cache: int, flops: float, *, overlapped: bool = False
+    ) -> Phase:
         c = compile_for(target, program.function, program.args, mesh=mesh, kwargs=program.static)
         read = read_bytes(split, dtype.itemsize, local_rows(tokens, mesh), mesh) + cache
-        floor = Floor.of(target, dtype.name, read, c.flops, c.collectives, overlapped=overlapped)
+        floor = Floor.of(target, dtype.name, read, flops, c.collectives, overlapped=overlapped)
         return Phase(program.name, tokens, capacity, c, floor)
 
     first, last = plan.shapes.capacities[0], plan.shapes.capacities[-1]
@@ -135,11 +137,12 @@ def compile_model(
     dtypes: dict[str, Any] = {"dtype": dtype, "kv_dtype": kv_dtype}
     with abstract_device(target, mesh):
         program = prefill_program(config, mesh, batch=rows, capacity=first, chunk=chunk, **dtypes)
-    prefill = compiled(program, rows * chunk, first, 0, overlapped=cut > 1)
+    flops = prefill_flops(split, rows, chunk, mesh)
+    prefill = compiled(program, rows * chunk, first, 0, flops, overlapped=cut > 1)
     say(f"compiling a decode step of {rows} rows for {mesh.size} x {target.name}")
     with abstract_device(target, mesh):
         program = decode_program(config, mesh, batch=rows, capacity=last, **dtypes)
-    read = cache_read_bytes(split, dtype.itemsize, rows, min(last, workload.context), mesh, kv_dtype)
-    return ModelCompilation(
-        plan=plan, batch=rows, chunk=chunk, prefill=prefill, decode=compiled(program, rows, last, read)
-    )
+    seen = min(last, workload.context)
+    read = cache_read_bytes(split, dtype.itemsize, rows, seen, mesh, kv_dtype)
+    decode = compiled(program, rows, last, read, step_flops(split, rows, seen, mesh))
+    return ModelCompilation(plan=plan, batch=rows, chunk=chunk, prefill=prefill, decode=decode)

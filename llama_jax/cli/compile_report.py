@@ -47,6 +47,7 @@ def _phase_facts(phase: Phase) -> dict[str, Any]:
     floor = phase.floor
     return {"tokens": phase.tokens, "capacity": phase.capacity, "read_bytes": floor.read_bytes} | {
         "predicted": {
+            "flops": floor.flops,
             "compute_s": floor.compute_s,
             "memory_s": floor.memory_s,
             "links_s": floor.links_s,
@@ -101,16 +102,16 @@ def _phase_lines(phase: Phase, chunk: int) -> list[str]:
         f"  memory       {size_text(m.total)}: arguments {size_text(m.arguments)}, outputs {size_text(m.outputs)} "
         f"({size_text(m.aliased)} in place), temporary {size_text(m.temporary)}, code {size_text(m.code)}",
         f"  XLA counts   {flops_text(c.flops)}, and {size_text(round(c.bytes_accessed))} that its operations read and "
-        "write, some of it in caches",
+        "write, some of it in caches; nothing of Pallas kernels",
     ]
     for x in c.collectives:
         unknown = ", some in loops of unknown length" if x.unknown_trips else ""
         lines.append(f"  exchange     {x.count} x {x.kind} of {size_text(x.bytes)} over {x.devices} devices{unknown}")
     floor = phase.floor
     lines.append(
-        f"  predicted    at least {ms_text(floor.seconds)}, by peak rates of the data sheet: arithmetic "
-        f"{ms_text(floor.compute_s)}, reading the {size_text(floor.read_bytes)} that have to be read "
-        f"{ms_text(floor.memory_s)}, exchange {ms_text(floor.links_s)}"
+        f"  predicted    at least {ms_text(floor.seconds)}, by peak rates of the data sheet: arithmetic of "
+        f"{flops_text(floor.flops)} {ms_text(floor.compute_s)}, reading the {size_text(floor.read_bytes)} that have to "
+        f"be read {ms_text(floor.memory_s)}, exchange {ms_text(floor.links_s)}"
     )
     calls = ", ".join(
         f"{n} x {name}" for name, n in c.library_calls.items() if name not in {x.kind for x in c.collectives}

@@ -18,7 +18,7 @@ from llama_jax.config import LlamaConfig
 from llama_jax.errors import RequestError
 from llama_jax.model.transformer import forward
 from llama_jax.model.weights import lookup
-from llama_jax.params import Params
+from llama_jax.params import Params, flatten, unflatten
 from llama_jax.quantized import Layout, layout_named
 from llama_jax.quantized.awq import input_scales, output_error
 from llama_jax.quantized.codes import decode
@@ -175,20 +175,14 @@ def _alike(layouts: Mapping[str, Layout]) -> dict[tuple[str, Layout], list[str]]
 
 def _leaves(layer: Params) -> Leaves:
     found: Leaves = {}
-    for name, block in layer.items():
-        if name in ("attn", "mlp"):
-            found |= {f"{name}.{leaf}": dict(members) for leaf, members in block.items()}
-        else:
-            found[name] = dict(block)
+    for name, array in flatten(layer).items():
+        leaf, _, member = name.rpartition(".")
+        found.setdefault(leaf, {})[member] = array
     return found
 
 
 def _tree(leaves: Leaves) -> Params:
-    tree: Params = {}
-    for name, members in leaves.items():
-        block, _, leaf = name.rpartition(".")
-        (tree.setdefault(block, {}) if block else tree)[leaf] = members
-    return tree
+    return unflatten({f"{leaf}.{member}": x for leaf, members in leaves.items() for member, x in members.items()})
 
 
 def _grams(

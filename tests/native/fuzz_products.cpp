@@ -33,7 +33,7 @@ int main(int, char** argv) {
   for (int i = 0; i < cases; ++i) {
     const int bits = below(2) ? 4 : 8, rows = 1 + below(40), count = 1 + below(10);
     const int64_t group = kBlock << below(3), groups = 1 + below(12), in = group * groups;
-    const Offset offset = bits == 8 ? Offset::kNone : Offset(below(3));
+    const Offset offset = Offset(below(3));
     const Scales type = Scales(below(3));
     const int64_t bytes = type == Scales::kF32 ? 4 : 2;
     std::vector<uint8_t> codes(rows * in * bits / 8), scales(rows * groups * bytes), offsets(rows * groups * bytes);
@@ -71,7 +71,7 @@ int main(int, char** argv) {
             const int code = bits == 8 ? int8_t(byte) : int8_t(byte << (k % 2 ? 0 : 4)) >> 4;
             const double scale = load_scale(scales.data(), type, g);
             double w = code * scale;
-            if (offset == Offset::kMinimum) w = (code + 8) * scale + load_scale(offsets.data(), type, g);
+            if (offset == Offset::kMinimum) w = (code + (bits == 4 ? 8 : 0)) * scale + load_scale(offsets.data(), type, g);
             if (offset == Offset::kZero) w = (code - int8_t(offsets[g])) * scale;
             const Input& input = *activations.row(n);
             const int q = bits == 8 ? input.codes[k] : k % 2 ? input.odd[k / 2] : input.codes[k / 2];

@@ -27,8 +27,11 @@ struct Weight {
 
   int64_t groups() const { return in / group; }
   int64_t blocks() const { return in / kBlock; }
-  // A block is a group, with numbers in 16 bits that processors convert.
-  bool usual() const { return group == kBlock && scale_type == Scales::kF16 && offset != Offset::kZero; }
+  // A block is a group, with numbers in 16 bits that processors convert; codes of eight bits are symmetric.
+  bool usual() const {
+    return group == kBlock && scale_type == Scales::kF16 &&
+           (offset == Offset::kNone || (bits == 4 && offset == Offset::kMinimum));
+  }
   const uint8_t* row(int64_t i) const { return codes + i * in * bits / 8; }
 };
 
@@ -63,12 +66,12 @@ inline float load_scale(const void* scales, Scales type, int64_t i) {
   }
 }
 
-// What is added to every code of a group times its scale. Codes of four bits count from 0 to 15 in the products.
+// What is added to every code of a group times its scale. Codes of four bits count from 0 to 15 in the products, those
+// of eight bits as they are.
 inline float added(const Weight& weight, int64_t i, float scale) {
-  if (weight.bits == 8) return 0;
   if (weight.offset == Offset::kMinimum) return load_scale(weight.offsets, weight.scale_type, i);
   const int zero = weight.offset == Offset::kZero ? static_cast<const int8_t*>(weight.offsets)[i] : 0;
-  return -float(8 + zero) * scale;
+  return -float((weight.bits == 4 ? 8 : 0) + zero) * scale;
 }
 
 // The factors of `count` blocks of a row of the weight, from block `first` on, with a row of activations. Returns what
