@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 from collections.abc import AsyncGenerator, Iterator, Mapping
 from typing import Any, Self
+from urllib.parse import urlsplit
 
 from llama_jax.errors import (
     EngineFailed,
@@ -19,6 +21,8 @@ from llama_jax.errors import (
 
 CONNECT_S, READ_S = 10.0, 600.0
 """Time limit for a connection, and for the next piece of an answer."""
+_HOST = re.compile(r"[A-Za-z0-9._:%-]+")
+"""A name or an address."""
 
 
 class Remote:
@@ -29,10 +33,18 @@ class Remote:
     """
 
     def __init__(self, url: str, key: str | None = None):
-        """A server that is not asked anything yet; a URL that ends in /v1 is taken, too."""
+        """A server that is not asked anything yet; a URL that ends in /v1 is taken, too.
+
+        Raises:
+          RequestError: the URL, or the key, is none.
+        """
         self.url = url.rstrip("/").removesuffix("/v1")
-        if not self.url.startswith(("http://", "https://")):
+        if not _is_url(self.url):
             raise RequestError(f"{url!r} is not a URL of a server", param="url", hint="e.g. http://127.0.0.1:8000")
+        if key and not (key.isascii() and key.isprintable() and " " not in key):
+            raise RequestError(
+                "the key has characters that a key cannot have", param="api_key", hint="give one key, without spaces"
+            )
         self.headers = {"authorization": f"Bearer {key}"} if key else {}
 
     async def __aenter__(self) -> Self:
@@ -113,6 +125,16 @@ class Remote:
                         raise EngineFailed(f"the server ended the answer: {_message(found)}", hint="look into its log")
                     yield found
         raise NetworkError(f"{self.url} ended an answer before its end", hint="look into the server's log")
+
+
+def _is_url(url: str) -> bool:
+    try:
+        parts = urlsplit(url)
+        known = parts.scheme in ("http", "https") and parts.port != 0
+        # As the resolver does, which fails with a UnicodeError.
+        return known and _HOST.fullmatch((parts.hostname or "").encode("idna").decode()) is not None
+    except ValueError:
+        return False
 
 
 @contextlib.contextmanager

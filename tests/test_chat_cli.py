@@ -100,6 +100,14 @@ def test_input(text: str, parsed: object) -> None:
     assert parse_input(text) == parsed
 
 
+def test_input_that_is_not_utf8() -> None:
+    """Where the terminal's encoding lets such bytes through, they are no text for a server either."""
+    with pytest.raises(RequestError, match="the message is not UTF-8"):
+        parse_input("caf\udce9")
+    result = CliRunner().invoke(cli, ["chat", "--system", "caf\udce9", "--url", "http://127.0.0.1:1"])
+    assert (result.exit_code, "the system prompt is not UTF-8" in result.stderr) == (2, True)
+
+
 def test_blocks_are_open_until_they_end() -> None:
     assert [is_open(t) for t in ('"""', '"""a', '"""a"""', '""""', 'a"""', '"""\n"""\n')] == [
         True,

@@ -568,6 +568,12 @@ def test_unexpected_error_is_one_line_unless_debugging(monkeypatch: pytest.Monke
     assert "Traceback" in run("list").stderr
 
 
+def test_a_command_that_cannot_be_imported(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "llama_jax.cli.rm", None)
+    result = run("rm", "x", "--json")
+    assert (result.exit_code, error_of(result)["type"]) == (70, "ModuleNotFoundError")
+
+
 def test_unknown_command() -> None:
     result = run("frobnicate", "--json")
     assert result.exit_code == 2

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import jax
@@ -18,6 +19,7 @@ from llama_jax.errors import CheckpointError, KernelError, LlamaJaxError, ModelN
 from llama_jax.generation import batch_generate
 from llama_jax.kernels.dispatch.operation import recorder
 from llama_jax.library import resolve
+from llama_jax.library.converted import local_path
 from llama_jax.loading import load
 from llama_jax.model.loaded import Model
 from llama_jax.params import flatten
@@ -55,6 +57,16 @@ def test_the_second_time_nothing_is_converted(folder: Path) -> None:
     assert said == []
     for name, leaf in flatten(direct.params).items():
         np.testing.assert_array_equal(leaf, flatten(again.params)[name])
+
+
+def test_a_source_that_has_changed_is_converted_again(folder: Path, tmp_path: Path) -> None:
+    copy = shutil.copytree(folder, tmp_path / "copy")
+    names = [local_path(copy)]
+    (copy / "additional_chat_templates").mkdir()
+    for file in ("chat_template.jinja", "additional_chat_templates/rag.jinja"):
+        (copy / file).write_text("R")
+        names.append(local_path(copy))
+    assert len(set(names)) == 3
 
 
 @pytest.mark.parametrize("dtype", [None, "float32", "bfloat16", jnp.float16])

@@ -95,6 +95,27 @@ def test_what_goes_wrong(client: Any, given: bytes, error: type[LlamaJaxError], 
     assert caught.value.hint
 
 
+@pytest.mark.parametrize(
+    ("url", "key", "param"),
+    [
+        *((url, None, "url") for url in ("localhost:8000", "http://", "http://[::1", "http://a:99999", "http://a:b")),
+        *((url, None, "url") for url in ("http://a b", "http://" + "a" * 70 + ".org", "ftp://a")),
+        *(("http://a", key, "api_key") for key in ("one two", "ü", "a\nb")),
+    ],
+)
+def test_what_is_no_server(url: str, key: str | None, param: str) -> None:
+    with pytest.raises(RequestError) as caught:
+        Remote(url, key)
+    assert caught.value.param == param
+    assert key is None or key not in str(caught.value)
+
+
+@CLIENTS
+@pytest.mark.parametrize("url", ["http://[::1]:9", "https://a.invalid/v1", "http://127.0.0.1:9/some/path"])
+def test_what_is_a_server(client: Any, url: str) -> None:
+    client(url)
+
+
 def test_a_caller_uses_a_connection_again_unless_it_has_ended() -> None:
     """In chunks, and up to the connection's end."""
     head, text = b"HTTP/1.1 200 OK\r\n", events(BODY).encode()
@@ -208,8 +229,8 @@ def test_probabilities_of_a_server(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_thoughts_of_a_model(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    """A person sees them, and they are no part of the answer."""
-    deltas = {"reasoning_content": "Hm"}, {"reasoning_content": "\x1bm"}, {"content": "Yes"}
+    """A person sees them, under either name, and they are no part of the answer."""
+    deltas = {"reasoning_content": "Hm"}, {"reasoning": "\x1bm"}, {"content": "Yes"}
     said = answer(events(*({"choices": [{"delta": delta}]} for delta in deltas)), kind="text/event-stream")
     with (
         answering(MODELS, answer("", "404 Not Found"), said, answer("", "404 Not Found"), said) as url,

@@ -6,10 +6,10 @@ import ast
 import importlib.util
 import os
 import re
+import resource
 import shutil
 import subprocess
 import sys
-import time
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
@@ -42,15 +42,20 @@ def run(*args: str, **kwargs: object) -> subprocess.CompletedProcess[str]:
     return subprocess.run(args, capture_output=True, text=True, env=env, **kwargs)  # type: ignore[call-overload]
 
 
-def best_time(*args: str, tries: int = 5) -> float:
-    """Shortest wall time of a command in seconds; the shortest, as the machine may be busy with other things."""
-    times = []
-    for _ in range(tries):
-        began = time.perf_counter()
-        done = run(*args)
-        times.append(time.perf_counter() - began)
-        assert done.returncode == 0, done.stderr
-    return min(times)
+def processor_time(*args: str) -> float:
+    """Seconds of processor time that a command takes."""
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    done = run(*args)
+    assert done.returncode == 0, done.stderr
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+
+
+def starts(*args: str, tries: int = 5) -> float:
+    """Processor time of a command, in starts of a bare interpreter. Both are measured in turn, and the least of each
+    counts: other programs on the machine slow down both alike."""
+    times = [(processor_time(*args), processor_time(sys.executable, "-c", "")) for _ in range(tries)]
+    return min(mine for mine, _ in times) / min(bare for _, bare in times)
 
 
 # --- Start-up ---------------------------------------------------------------------------------------------------------
@@ -76,12 +81,13 @@ def test_start_up_imports_nothing_heavy(code: str) -> None:
 
 
 def test_import_time() -> None:
-    assert best_time(sys.executable, "-c", "import llama_jax") < 0.3
+    assert starts(sys.executable, "-c", "import llama_jax") < 2.5
 
 
 @pytest.mark.parametrize("command", ["llama-jax", "ljx"])
 def test_help_time(command: str) -> None:
-    assert best_time(str(Path(sys.executable).with_name(command)), "--help") < 0.3
+    """Four, of which click takes two; numpy alone would add seven."""
+    assert starts(str(Path(sys.executable).with_name(command)), "--help") < 6
 
 
 # Packages that a machine with jax, flax and orbax may lack; the computing part has to work there.

@@ -11,6 +11,7 @@ import pytest
 from engines import alone
 from served_model import NAME, Server, tiny_model
 
+from llama_jax.generation import constraints
 from llama_jax.sampling import SamplingParams
 
 TEXT = "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
@@ -71,8 +72,20 @@ def test_chat_streams(server: Server) -> None:
     assert all(chunk["usage"] is None for chunk in chunks)
     assert counts["choices"] == []
     assert counts["usage"] == whole["usage"] | {"prompt_tokens_details": counts["usage"]["prompt_tokens_details"]}
-    without = server.chat(stream=True, **GREEDY).events
-    assert not any("usage" in event for event in without)
+    for options in ({}, {"stream_options": {"continuous_usage_stats": True}}):
+        without = server.chat(stream=True, **options, **GREEDY).events
+        assert not any("usage" in event for event in without)
+
+
+def test_every_chunk_counts_if_asked(server: Server) -> None:
+    options = {"include_usage": True, "continuous_usage_stats": True}
+    *chunks, last = [event["usage"] for event in server.chat(stream=True, n=2, stream_options=options, **GREEDY).events]
+    written = [usage["completion_tokens"] for usage in chunks]
+    assert written == sorted(written)
+    assert (written[0], written[-1]) == (1, 12)
+    for usage in (*chunks, last):
+        assert usage["prompt_tokens"] == last["prompt_tokens"]
+        assert usage["total_tokens"] == usage["prompt_tokens"] + usage["completion_tokens"]
 
 
 def test_stream_has_the_logprobs_of_the_whole(server: Server) -> None:
@@ -131,7 +144,7 @@ def test_default_limits(server: Server) -> None:
 
 def test_stop_string_and_biases(server: Server) -> None:
     whole = server.chat(**GREEDY).json["choices"][0]["message"]["content"]
-    stopped = server.chat(stop=[whole[2:4]], **GREEDY).json["choices"][0]
+    stopped = server.chat(stop=[*"§±×÷", whole[2:4]], **GREEDY).json["choices"][0]
     assert stopped["message"]["content"] == whole[: whole.index(whole[2:4])]
     assert stopped["finish_reason"] == "stop"
     token = server.tokenizer.encode("z")[-1]
@@ -171,12 +184,35 @@ def test_models_and_version(server: Server) -> None:
     assert server.call("GET", f"/v1/models/{NAME}").json == model
     assert server.call("GET", "/v1/models/../../x").json["error"]["code"] == "model_not_found"
     assert server.call("GET", "/version").json["version"]
-    assert server.call("GET", "/health/ready").json == {"status": "ready"}
+    assert server.call("GET", "/health/ready").json == server.call("GET", "/health").json == {"status": "ready"}
 
 
 def test_fields_without_effect_are_named(server: Server) -> None:
     assert server.chat(user="me", store=False, max_tokens=1).headers["x-llama-jax-ignored"] == "user, store"
+    assert server.chat(reasoning_effort="low", max_tokens=1).headers["x-llama-jax-ignored"] == "reasoning_effort"
     assert "x-llama-jax-ignored" not in server.chat(max_tokens=1).headers
+
+
+class Only:
+    """A logits processor that allows one token."""
+
+    ended, error = False, None
+
+    def __init__(self, tokenizer: Any, prompt: Any, params: Any):
+        (self._id,) = tokenizer.encode("a", add_special_tokens=False)
+
+    def mask(self, out: Any) -> None:
+        out[:] = 0
+        out[self._id // 32] = 1 << self._id % 32
+
+    def accept(self, token: int) -> None:
+        pass
+
+
+def test_logits_processors(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(constraints, "_processor", {"only": Only}.__getitem__)
+    made = server.chat(logits_processors=["only"], max_tokens=3).json["choices"][0]
+    assert made["message"]["content"] == "aaa"
 
 
 def test_metrics_count_what_was_asked(server: Server) -> None:

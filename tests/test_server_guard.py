@@ -182,7 +182,7 @@ DEEP = "[" * 400 + "]" * 400
         (MESSAGES | {"max_tokens": 200}, "max_tokens"),
         (MESSAGES | {"max_tokens": 1, "max_completion_tokens": 2}, "max_completion_tokens"),
         (MESSAGES | {"stop": ""}, "stop"),
-        (MESSAGES | {"stop": ["a"] * 5}, "stop"),
+        (MESSAGES | {"stop": ["a"] * 33}, "stop"),
         (MESSAGES | {"stop": "x" * 11}, "stop"),
         (MESSAGES | {"stop": [1]}, "stop[0]"),
         (MESSAGES | {"logprobs": 3}, "logprobs"),
@@ -239,6 +239,7 @@ def test_an_engine_that_does_not_run(server: Server) -> None:
     ready = server.call("GET", "/health/ready")
     assert (ready.status, ready.json["status"]) == (503, "failed")
     assert "not running" in ready.json["reason"]
+    assert server.call("GET", "/health").status == 503
     assert b'llama_jax_engine_up{model_name="tiny"} 0.0' in server.call("GET", "/metrics", headers=BEARER).data
 
 

@@ -277,6 +277,31 @@ def test_a_plan_that_was_too_small(runner: asyncio.Runner, model: Any) -> None:
         assert server.loaded == "b"
 
 
+@pytest.mark.parametrize("stage", ["opening", "starting"])
+def test_nothing_is_left_of_an_engine_that_did_not_fit(runner: asyncio.Runner, model: Any, stage: str) -> None:
+    """When the room for the next attempt is measured, and when that begins."""
+    with Several(runner, model, 70, 20, 20, 20) as server:
+        source = server.sources["b"]
+        opening, left = source.open, list[bool]()
+
+        async def fails() -> Any:
+            raise DoesNotFit("a step takes more than is there")
+
+        def tight(kept: int, progress: Any) -> Any:
+            left.append(source.there)
+            engine, tokenizer = opening(kept, progress)
+            if len(left) == 1 and stage == "opening":
+                raise DoesNotFit("a sequence takes 9 pages; there is memory for 3")
+            if len(left) == 1:
+                engine.__aenter__ = fails
+            return engine, tokenizer
+
+        source.open = tight  # type: ignore[method-assign]
+        assert server.chat("b").status == 200
+        assert (server.loaded, left) == ("b", [False, False])
+        assert source.opened[-1] == reserve(70, 20, [20, 20])
+
+
 def test_streams_tell_how_far_loading_is(runner: asyncio.Runner, model: Any) -> None:
     """By comments, which clients pass over; a client that leaves does not stop it for the others."""
     with Several(runner, model, 50, 20, 20, keep_alive_s=0.02) as server:

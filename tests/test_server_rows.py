@@ -87,6 +87,7 @@ BAD = [
     raw("H5 surrogate in a key", b'{"\\ud800": 1}'),
     bad("H5 NUL in a tool's name", "tools", tools=[{"type": "function", "function": {"name": "a\0b"}}]),
     bad("H6 audio", "audio", audio={"voice": "x"}),
+    bad("H6 effort", "reasoning_effort", reasoning_effort="much"),
     bad("H6 bias of no token", "logit_bias", logit_bias={"99999999": 1}),
     bad("S1 temperature 3", "temperature", temperature=3),
     bad("S1 top_p 1.1", "top_p", top_p=1.1),

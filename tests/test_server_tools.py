@@ -201,6 +201,14 @@ def test_no_reasoning(server: Server) -> None:
     assert "reasoning_content" not in made
 
 
+def test_an_effort_turns_reasoning_on_and_off(scripted: Scripted) -> None:
+    (made,) = scripted("so\n</think>\n\nWell.", reasoning_effort="low")["choices"]
+    assert (made["message"]["reasoning_content"], made["message"]["content"]) == ("so", "Well.")
+    named: dict[str, Any] = {"reasoning_effort": "high", "chat_template_kwargs": {"enable_thinking": False}}
+    for body in ({"reasoning_effort": "none"}, named):
+        assert "reasoning_content" not in scripted("Well.", **body)["choices"][0]["message"]
+
+
 def test_a_schema_comes_behind_reasoning(server: Server) -> None:
     """The form of an answer is asked of the text behind the reasoning that the prompt has begun."""
     schema = {"type": "object", "properties": {"a": {"enum": ["x"]}}, "required": ["a"], "additionalProperties": False}

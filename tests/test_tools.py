@@ -125,6 +125,7 @@ TEXTS = [
     "<tool_call>\nnot JSON</tool_call>",
     '<tool_call>{"name": "add", "arguments": [1]}</tool_call>',
     '<tool_call>{"name": "add", "arguments": "no object"}</tool_call>',
+    r'<tool_call>{"name": "add", "arguments": "{\"a\": \"\ud83d\"}"}</tool_call>',
     '<tool_call>{"name": "add", "name": "add", "arguments": {}}</tool_call>',
     '{"name": "add", "par',
     "[TOOL_CALLS] sorry",
@@ -364,6 +365,21 @@ def test_grammars_allow_calls_and_nothing_else(tokenizer: Tokenizer, name: str, 
             jsonschema.validate(arguments, SCHEMAS[tool])
     assert len(called) >= 6
     assert max(called) == 1 or several
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_arguments_are_an_object_whatever_the_schema_says(tokenizer: Tokenizer, name: str) -> None:
+    """A schema need not say its type, and allows any value then."""
+    text = FORMATS[name].grammar([Tool("add", {"additionalProperties": False})], False, json.dumps)
+    for seed in range(4):
+        assert said(name, drawn(tokenizer, Grammar.lark(text), seed) or "") == ("", [("add", {})])
+
+
+@pytest.mark.parametrize("schema", [{"properties": ["a"]}, {"properties": {"a": {}}, "required": 1}])
+def test_parameters_that_are_no_schema(schema: dict[str, Any]) -> None:
+    with pytest.raises(RequestError, match="the parameters of 'add' are no JSON schema") as wrong:
+        FORMATS["llama_pythonic"].grammar([Tool("add", schema)], False, json.dumps)
+    assert wrong.value.param == "tools"
 
 
 @pytest.mark.parametrize("control", [False, True])

@@ -93,6 +93,7 @@ def command(
     from llama_jax.cli.chat_conversation import Conversation, default_sampling
     from llama_jax.cli.chat_files import load_conversation
     from llama_jax.cli.chat_screen import Screen
+    from llama_jax.cli.inputs import valid
 
     # Everything possible is checked before the model is loaded, which may take minutes.
     check_drafts(drafts, draft_model)
@@ -100,7 +101,7 @@ def command(
     screen = Screen(as_json=as_json, quiet=quiet, plain=plain)
     conversation = Conversation() if resume is None else load_conversation(resume.expanduser())
     if system is not None:
-        conversation = conversation.with_system(system)
+        conversation = conversation.with_system(valid(system, "the system prompt", param="system"))
     default_sampling({}, given(fields))
 
     from llama_jax.cli.chat_commands import COMMANDS, settable

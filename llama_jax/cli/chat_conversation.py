@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from types import NoneType
 from typing import TYPE_CHECKING, Any
 
+from llama_jax.cli.inputs import valid
 from llama_jax.errors import RequestError, did_you_mean
 
 if TYPE_CHECKING:
@@ -209,8 +210,11 @@ def parse_input(text: str) -> Command | str | None:
 
     A line that begins with "/" is a command; "//" begins a message with a slash. A block between """ and """ is a
     verbatim message.
+
+    Raises:
+      RequestError: it is not valid Unicode.
     '''
-    stripped = text.strip()
+    stripped = valid(text, "the message", param="messages").strip()
     if stripped.startswith(QUOTES):
         inner = stripped.removeprefix(QUOTES).removesuffix(QUOTES)
         return inner.removeprefix("\n").removesuffix("\n") or None

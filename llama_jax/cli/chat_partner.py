@@ -186,7 +186,8 @@ class There:
                 usage = event.get("usage") or usage
                 for choice in event.get("choices", ()):
                     delta = choice.get("delta", {})
-                    text, reasoning = delta.get("content") or "", delta.get("reasoning_content") or ""
+                    text = delta.get("content") or ""
+                    reasoning = delta.get("reasoning_content") or delta.get("reasoning") or ""  # vLLM's name
                     tokens = (choice.get("logprobs") or {}).get("content") or ()
                     end = choice.get("finish_reason") or end
                     if text or tokens or reasoning:

@@ -132,7 +132,10 @@ def _flags(args: Sequence[str]) -> dict[str, str]:
     """The options of the command that `args` name, by the names of their values."""
     if not args or args[0] not in COMMANDS:
         return {}
-    command = importlib.import_module(f"llama_jax.cli.{args[0].replace('-', '_')}").command
+    try:
+        command = importlib.import_module(f"llama_jax.cli.{args[0].replace('-', '_')}").command
+    except Exception:  # what is reported, with no option to name: the command cannot be imported
+        return {}
     if isinstance(command, click.Group) and len(args) > 1:
         command = command.commands.get(args[1], command)
     options = command.params

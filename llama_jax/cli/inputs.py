@@ -37,12 +37,20 @@ def read_prompt(prompt: str) -> str:
     """
     if prompt == "-":
         return read_text("-", param="prompt").removesuffix("\n")
+    return valid(prompt, "the prompt", param="prompt")
+
+
+def valid(text: str, what: str, *, param: str) -> str:
+    """The text, of the command line or the terminal.
+
+    Raises:
+      RequestError: it is not valid Unicode: bytes that are not UTF-8 arrive as lone surrogates.
+    """
     try:
-        prompt.encode()
+        text.encode()
     except UnicodeEncodeError as e:
-        # Bytes of the command line that are not UTF-8 arrive as lone surrogates.
-        raise RequestError("the prompt is not UTF-8", param="prompt", hint="convert it, e.g. with iconv") from e
-    return prompt
+        raise RequestError(f"{what} is not UTF-8", param=param, hint="convert it, e.g. with iconv") from e
+    return text
 
 
 def read_json(source: str, *, param: str, hint: str) -> Any:

@@ -13,7 +13,7 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
-from llama_jax.checkpoint.format import FORMAT_VERSION, digest, is_checkpoint, open_checkpoint
+from llama_jax.checkpoint.format import FORMAT_VERSION, TEMPLATES, digest, is_checkpoint, open_checkpoint
 from llama_jax.errors import LlamaJaxError
 from llama_jax.folders import cache_dir
 from llama_jax.library import bundled
@@ -52,13 +52,14 @@ def hub_path(repo: str, commit: str) -> Path:
 def local_path(source: Path) -> Path:
     """The path of a local folder's or file's checkpoint; it changes when a file of the source changes."""
     if source.is_file():
-        files = [source]
+        files = {source.name: source}
     else:
-        files = sorted(p for p in source.iterdir() if p.suffix in _SOURCE_SUFFIXES and p.is_file())
+        found = (*source.iterdir(), *(source / TEMPLATES).glob("*.jinja"))
+        files = {str(p.relative_to(source)): p for p in sorted(found) if p.suffix in _SOURCE_SUFFIXES and p.is_file()}
     parts = [str(source.resolve())]
-    for file in files:
+    for name, file in files.items():
         stat = file.stat()
-        parts.append(f"{file.name}\0{stat.st_size}\0{stat.st_mtime_ns}")
+        parts.append(f"{name}\0{stat.st_size}\0{stat.st_mtime_ns}")
     stem = re.sub(r"[^A-Za-z0-9.\-]+", "-", source.resolve().stem).strip("-.")[:64] or "model"
     return models_dir() / f"{stem.lower()}-{digest(chr(10).join(parts).encode())[-12:]}-{MADE_AS}"
 

@@ -54,9 +54,13 @@ async def chunks(
     if asked.usage:
         head["usage"] = None
     choices, outputs = chunks_of(served.tokenizer, asked), dict[int, RequestOutput]()
+    read, written = sum(map(len, asked.prompts)), 0
     streams = [_pieces(served, number, request) for number, request in enumerate(requests)]
     async with aclosing(streams[0] if len(streams) == 1 else _merged(streams)) as merged:
         async for prompt, piece in merged:
+            if asked.continuous:
+                written += len(piece.token_ids)
+                head["usage"] = _counts(read, written)
             made = [{**head, "choices": [choice]} for choice in choices(prompt, piece)]
             if piece.output is not None:
                 outputs[prompt] = piece.output
@@ -76,12 +80,14 @@ def usage(served: Served, asked: Asked, outputs: Sequence[RequestOutput]) -> dic
     read = sum(len(output.prompt_token_ids) for output in outputs)
     written = sum(len(completion.token_ids) for output in outputs for completion in output.outputs)
     return {
-        "prompt_tokens": read,
-        "completion_tokens": written,
-        "total_tokens": read + written,
+        **_counts(read, written),
         "prompt_tokens_details": {"cached_tokens": sum(output.cached_tokens for output in outputs)},
         "completion_tokens_details": {"reasoning_tokens": thought},
     }
+
+
+def _counts(read: int, written: int) -> dict[str, Any]:
+    return {"prompt_tokens": read, "completion_tokens": written, "total_tokens": read + written}
 
 
 def timings(outputs: Sequence[RequestOutput]) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from llama_jax.sampling import Grammar, SamplingParams
 from llama_jax.server.bodies import ChatBody, CompletionBody, given
 from llama_jax.server.conversations import text_messages
 from llama_jax.server.errors import Refused
+from llama_jax.server.fields import EFFORTS
 from llama_jax.server.reading import ChatReader
 from llama_jax.server.served import Served
 from llama_jax.server.settings import Limits
@@ -36,7 +37,8 @@ class Asked:
     Attributes:
       endpoint: shape of the choices; prompts: token ids of each.
       reader: makes the reader of a chat's answer.
-      streamed: whether the answer is streamed; usage: whether a stream ends with the token counts.
+      streamed: whether the answer is streamed; usage: whether a stream ends with the token counts; continuous: whether
+        every chunk has those so far.
       ignored: given fields without effect; a header of the answer names them.
     """
 
@@ -46,6 +48,7 @@ class Asked:
     reader: Callable[[], ChatReader] = ChatReader
     streamed: bool = False
     usage: bool = False
+    continuous: bool = False
     ignored: tuple[str, ...] = ()
 
 
@@ -70,7 +73,14 @@ def asked(served: Served, body: ChatBody | CompletionBody) -> Asked:
     if streamed and params.prompt_logprobs is not None:
         raise RequestError("a stream cannot echo logprobs", param="echo", hint="leave out stream, echo or logprobs")
     usage = options is not None and options.include_usage
-    return dataclasses.replace(made, params=params, streamed=streamed, usage=usage, ignored=(*ignored, *made.ignored))
+    return dataclasses.replace(
+        made,
+        params=params,
+        streamed=streamed,
+        usage=usage,
+        continuous=usage and options.continuous_usage_stats,
+        ignored=(*ignored, *made.ignored),
+    )
 
 
 def chat_ids(served: Served, fields: Mapping[str, Any], offer: Offer, **options: Any) -> list[int]:
@@ -98,10 +108,14 @@ def chat_text(served: Served, fields: Mapping[str, Any], offer: Offer, **options
 
 
 def _chat(served: Served, fields: dict[str, Any]) -> Asked:
-    offer = offer_of(served, fields)
+    offer, effort = offer_of(served, fields), fields.pop("reasoning_effort", None)
     conversation: dict[str, Any] = {
         name: fields.pop(name) for name in ("messages", "chat_template_kwargs") if name in fields
     }
+    loose = list[str]()
+    if effort is not None:
+        conversation["chat_template_kwargs"] = _thinking(effort) | conversation.get("chat_template_kwargs", {})
+        loose += [] if served.switches_reasoning else ["reasoning_effort"]
     endpoint, ours = Chat.of(fields)
     params = SamplingParams(**{"max_tokens": None} | sampling_fields(ours))
     params.check_generates("an answer")
@@ -111,8 +125,16 @@ def _chat(served: Served, fields: dict[str, Any]) -> Asked:
     form, place = form_of(served, offer, params.response_format, place)
     shown = params.skip_special_tokens and not shows_control(served, offer)
     params = dataclasses.replace(params, response_format=form, skip_special_tokens=shown)
-    loose = ("tools.function.strict",) if offer.strict and form is None else ()
-    return Asked(endpoint, (prompt,), params, lambda: reader_of(served, offer, place), ignored=loose)
+    loose += ["tools.function.strict"] if offer.strict and form is None else []
+    return Asked(endpoint, (prompt,), params, lambda: reader_of(served, offer, place), ignored=tuple(loose))
+
+
+def _thinking(effort: Any) -> dict[str, bool]:
+    """Template variables for an effort: models reason or do not, but not more or less."""
+    if effort not in EFFORTS:
+        hint = f"one of {', '.join(EFFORTS)}"
+        raise RequestError(f"there is no reasoning effort {effort!r:.100}", param="reasoning_effort", hint=hint)
+    return {"enable_thinking": effort != "none"}
 
 
 def _completions(served: Served, fields: dict[str, Any]) -> Asked:

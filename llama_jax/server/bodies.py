@@ -10,6 +10,7 @@ import msgspec
 from llama_jax.errors import RequestError
 from llama_jax.server.fields import (
     Conversation,
+    Effort,
     LogprobCount,
     MinP,
     NotNegative,
@@ -39,6 +40,7 @@ class _Sampling(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     logit_bias: dict[str, float] | None = None
     allowed_token_ids: list[int] | None = None
     bad_words: list[str] | None = None
+    logits_processors: list[str] | None = None
     response_format: dict[str, Any] | None = None
     seed: Seed = None
     stop: str | list[str] | None = None
@@ -59,9 +61,10 @@ class _Sampling(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
 
 
 class StreamOptions(msgspec.Struct, forbid_unknown_fields=True):
-    """Parts of a stream besides the text."""
+    """Parts of a stream besides the text. `continuous_usage_stats`, of vLLM, has an effect only with the usage."""
 
     include_usage: bool = False
+    continuous_usage_stats: bool = False
     include_obfuscation: bool = False
 
 
@@ -75,6 +78,7 @@ class ChatBody(_Sampling, kw_only=True):
     tools: Tools | None = None
     tool_choice: str | dict[str, Any] | None = None
     parallel_tool_calls: bool | None = None
+    reasoning_effort: Effort = None
     modalities: list[str] | None = None
     chat_template_kwargs: dict[str, Any] | None = None
 

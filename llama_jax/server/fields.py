@@ -30,6 +30,8 @@ Penalty = Annotated[float | None, _within(-2, 2)]
 RepetitionPenalty = Annotated[float | None, _within(above=0)]
 Seed = Annotated[int | None, _within(0, 2**64 - 1)]
 LogprobCount = Annotated[int | None, _within(0, MAX_LOGPROBS)]
+EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh", "max")
+Effort = Annotated[str | None, Meta(extra_json_schema={"enum": [*EFFORTS, None]})]
 
 _PARTS = {
     "type": "array",

@@ -24,7 +24,7 @@ from llama_jax.server.responses import failure_response
 from llama_jax.server.settings import Limits, ServerSettings
 from llama_jax.server.state import ServerState
 
-OPEN = frozenset({"/health/live", "/health/ready", *page.FILES})
+OPEN = frozenset({"/health", "/health/live", "/health/ready", *page.FILES})
 """Paths that need no key: they reveal nothing about requests, and answer while the server drains."""
 WHILE_DRAINING = OPEN | {"/metrics"}
 

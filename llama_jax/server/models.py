@@ -13,12 +13,14 @@ from typing import Self
 
 from llama_jax.disk import size_text
 from llama_jax.errors import DoesNotFit, EngineFailed, RequestError, did_you_mean
+from llama_jax.generation.engine import Engine
 from llama_jax.server.budget import Free, free_here, reserve
 from llama_jax.server.errors import RETRY_S, Refused
 from llama_jax.server.metrics import Metrics
 from llama_jax.server.served import Served
 from llama_jax.server.settings import ServerSettings
 from llama_jax.server.slots import Slot, Source
+from llama_jax.text.tokenizer import Tokenizer
 
 log = logging.getLogger("llama_jax.server")
 
@@ -188,10 +190,10 @@ class Models:
             unloaded = [one.outline.nbytes for one in self.slots if one.outline and one is not slot and not one.served]
             kept = 0 if before is None else reserve(before, need, unloaded) + self._steps(slot)
             try:
-                engine, tokenizer = await asyncio.to_thread(slot.source.open, kept, slot.told)
-                await engine.__aenter__()
+                engine, tokenizer = await _started(slot.source, kept, slot.told)
                 break
-            except DoesNotFit:  # the estimate was too low
+            except DoesNotFit as error:  # the estimate was too low
+                traceback.clear_frames(error.__traceback__)  # which hold what was loaded
                 if not await self._unload_one(slot):
                     raise
                 before = None if before is None else self._left(slot)
@@ -258,3 +260,10 @@ class Models:
         await asyncio.to_thread(self._settle)
         log.info("unloaded %s", slot.names[0])
         return True
+
+
+async def _started(source: Source, kept: int, told: Callable[[str], None]) -> tuple[Engine, Tokenizer]:
+    """A model's engine once it runs, and its tokenizer. Errors are those of `Source.open` and `Engine`."""
+    engine, tokenizer = await asyncio.to_thread(source.open, kept, told)
+    await engine.__aenter__()
+    return engine, tokenizer

@@ -51,7 +51,7 @@ def bound_socket(settings: ServerSettings) -> socket.socket:
             settings.host, settings.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
         )[0]
         made = socket.socket(family, kind, number)
-    except OSError as error:
+    except (OSError, UnicodeError) as error:  # the second of a name that is too long
         raise RequestError(f"there is no address {settings.host!r}: {error}", param="host", hint="see --host") from None
     try:
         made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

@@ -68,6 +68,11 @@ class Served:
         """Marks around the model's reasoning, if it has any."""
         return reasoning_of(self._template(tools=False))
 
+    @cached_property
+    def switches_reasoning(self) -> bool:
+        """Whether the chat template lets a request turn reasoning on and off."""
+        return "enable_thinking" in self._template(tools=False)
+
     def spelled(self, mark: str) -> str:
         """Return a mark as spelled in a Lark grammar: a control token by its id."""
         number = self.tokenizer.special_tokens.get(mark)

@@ -109,6 +109,7 @@ OPERATIONS = (
     Operation("GET", "/v1/models/{name:path}", "A model by a name", _model, answer=ModelAnswer),
     Operation("GET", "/health/live", "Is the process there", _live, answer=StatusAnswer),
     Operation("GET", "/health/ready", "Does it take requests", _ready, answer=StatusAnswer),
+    Operation("GET", "/health", "The same, under vLLM's name", _ready, answer=StatusAnswer),
     Operation("GET", "/version", "The version of llama_jax", _version, answer=VersionAnswer),
     Operation("GET", "/engines", "The engines in numbers", _engines, answer=EnginesAnswer),
     Operation("GET", "/metrics", "Metrics in Prometheus's text format", _metrics),

@@ -80,8 +80,7 @@ class Responses:
             case choice:
                 chat.tool_choice = choice
         chat.response_format = _format(body.text or {})
-        if body.reasoning and body.reasoning.get("effort") is not None:
-            chat.chat_template_kwargs = {"enable_thinking": body.reasoning["effort"] != "none"}
+        chat.reasoning_effort = (body.reasoning or {}).get("effort")
         return chat
 
     def whole(self, body: ResponsesBody, answer: dict[str, Any]) -> dict[str, Any]:

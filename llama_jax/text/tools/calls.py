@@ -18,6 +18,8 @@ State = Literal["open", "done", "broken"]
 NAME = re.compile(r"[\w.-]{1,128}")
 LONGEST_HEAD = 512
 """The most characters between a mark that begins a call and its arguments."""
+_SURROGATE = re.compile(r"[\ud800-\udfff]")
+"""Half of a pair that JSON escapes as two: no text, and no client could be sent it."""
 
 
 class Attempt(Protocol):
@@ -139,6 +141,8 @@ def _inner(value: str) -> str:
     if value == "null":
         return "{}"
     inner = json.loads(value) if value.startswith('"') else ""
+    if _SURROGATE.search(inner):
+        return ""
     scanned = JsonObject()
     while inner[len(scanned.text) :] and scanned.state == "open":
         scanned.feed(inner[len(scanned.text) :])

@@ -42,7 +42,7 @@ def tool_calls_args(tools: Sequence[Tool], several: bool, spelled: Spelled) -> s
     """Return the grammar of [TOOL_CALLS]name[ARGS]{...}."""
     mark, args = spelled("[TOOL_CALLS]"), spelled("[ARGS]")
     calls = [f"{mark} {json.dumps(tool.name)} {args} arguments_{i}" for i, tool in enumerate(tools)]
-    rules = [f"arguments_{i}: %json {_json(tool.parameters, {})}" for i, tool in enumerate(tools)]
+    rules = [f"arguments_{i}: %json {_json({'type': 'object', **tool.parameters}, {})}" for i, tool in enumerate(tools)]
     return "\n".join([f"start: call{'+' if several else ''}", f"call: {' | '.join(calls)}", *rules]) + "\n"
 
 
@@ -117,8 +117,14 @@ def _objects(tools: Sequence[Tool], key: str) -> str:
 
 def _python_call(tool: Tool, rule: str) -> list[str]:
     """Rules of one call: required arguments come first, with a comma before each but the first."""
-    properties: Mapping[str, Any] = tool.parameters.get("properties") or {}
-    required = [name for name in properties if name in (tool.parameters.get("required") or ())]
+    properties, needed = tool.parameters.get("properties") or {}, tool.parameters.get("required") or []
+    if not isinstance(properties, Mapping) or not isinstance(needed, list):
+        raise RequestError(
+            f"the parameters of {tool.name!r} are no JSON schema",
+            param="tools",
+            hint='"properties" is an object, "required" a list of its names',
+        )
+    required = [name for name in properties if name in needed]
     optional = [name for name in properties if name not in required]
     if odd := next((name for name in properties if not _KEYWORD.fullmatch(name)), None):
         raise RequestError(f"{odd!r:.100} cannot name an argument of a call", param="tools", hint="use letters and _")
