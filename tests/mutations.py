@@ -809,7 +809,7 @@ SAMPLER: tuple[Mutation, ...] = (
         "log-probabilities of the penalised logits",
         "llama_jax/sampling/sampler.py",
         "token_logprobs(logits, tokens, MAX_LOGPROBS)",
-        "token_logprobs(_change(logits, state), tokens, MAX_LOGPROBS)",
+        "token_logprobs(_change(logits, state, drawing), tokens, MAX_LOGPROBS)",
         (f"{SAMPLING}::test_log_probabilities_are_of_the_raw_logits",),
     ),
     Mutation(

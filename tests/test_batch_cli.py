@@ -21,6 +21,7 @@ import llama_jax as lj
 from llama_jax.batch_file import run as run_file
 from llama_jax.batch_file.lines import Refused, read_line
 from llama_jax.batch_file.output import Stream
+from llama_jax.batch_file.records import is_error
 from llama_jax.cli import cli
 from llama_jax.convert import convert
 from llama_jax.model.loaded import Model
@@ -288,7 +289,18 @@ def test_lines_that_ask_for_a_form(tmp_path: Path, folder: Path) -> None:
     assert six["response"]["body"]["error"]["param"] == "response_format"
     assert "uniqueItems" in six["response"]["body"]["error"]["message"]
     assert (seven["finish_reason"], seven["finish_error"]) == ("error", "the constraints allow no token")
+    assert "7 of 7 lines" in result.stderr
+    assert "4 with an error" in result.stderr
     assert "finish_error" not in four
+
+
+def test_an_answer_without_a_next_token_is_an_error_of_its_line() -> None:
+    ended, failed = {"finish_reason": "length"}, {"finish_reason": "error"}
+    for choices, counts in (([ended], False), ([ended, failed], True)):
+        assert is_error({"index": 3, "outputs": choices}) == counts
+        assert is_error({"index": 3, **choices[-1]}) == counts
+        response = {"status_code": 200, "body": {"choices": choices}}
+        assert is_error({"id": "batch_req_3", "response": response}) == counts
 
 
 def test_openai_chat(tmp_path: Path, folder: Path, loaded: tuple[Model, Tokenizer]) -> None:

@@ -20,6 +20,7 @@ from click.testing import CliRunner, Result
 from huggingface_hub import constants as hub_constants
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.numpy import load_file, save_file
 from tiny_chat_model import TEMPLATE, write_chat_model
 from tiny_models import LLAMA, write_gguf, write_hf
 
@@ -28,6 +29,7 @@ from llama_jax import cli as cli_module
 from llama_jax.checkpoint import open_checkpoint
 from llama_jax.cli import COMMANDS, cli
 from llama_jax.cli.errors import report
+from llama_jax.cli.generate import NO_NEXT_TOKEN
 from llama_jax.cli.progress import Reporter
 from llama_jax.cli.terminal import installing, printable, size_text
 from llama_jax.convert import convert
@@ -136,6 +138,20 @@ def test_generate_streams_the_same_text(model: Path) -> None:
     assert "tokens/s" in result.stderr
     quiet = run("generate", "hello", "-m", model, "--max-tokens", 12, "--quiet")
     assert (quiet.stdout, quiet.stderr) == (result.stdout, "")
+
+
+@pytest.mark.slow
+def test_generate_fails_where_there_is_no_next_token(tmp_path: Path) -> None:
+    folder = write_chat_model(tmp_path / "hf")
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.norm.weight"][3] = math.nan
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    broken = convert(folder, tmp_path / "tiny", allow_nonfinite=True)
+    streamed = run("generate", "hello", "-m", broken, "--max-tokens", 4)
+    assert "end: the next logits were not finite" in streamed.stderr
+    whole = run("generate", "hello", "-m", broken, "--max-tokens", 4, "--json")
+    assert (json.loads(whole.stdout)["finish_reason"], json.loads(whole.stdout)["token_ids"]) == ("error", [])
+    assert streamed.exit_code == whole.exit_code == NO_NEXT_TOKEN
 
 
 def test_generate_dtype(model: Path) -> None:

@@ -28,15 +28,17 @@ from engines import (
 from helpers import GOLDEN_CASES, on_eight_devices
 
 from llama_jax.config import preset
-from llama_jax.engine import compiled
+from llama_jax.engine import compiled, programs
 from llama_jax.engine.core import Core
 from llama_jax.engine.program_set import program_set
 from llama_jax.engine.settings import EngineSettings
 from llama_jax.engine.sizing import settings_for
 from llama_jax.engine.state import paged
 from llama_jax.errors import DoesNotFit, Overloaded, RequestError
+from llama_jax.model.adapters import NO_ADAPTERS
+from llama_jax.model.head import unembed
 from llama_jax.model.loaded import Model
-from llama_jax.sampling import SamplingParams
+from llama_jax.sampling import MAX_LOGPROBS, SamplingParams, token_logprobs
 
 
 def check(model: Model, core: Core, count: int, arrivals: list[int] | None = None, seed: int = 0) -> None:
@@ -230,6 +232,29 @@ def test_programs_are_counted_while_the_engine_takes_them() -> None:
     assert programs.behind == 3
 
 
+def test_a_block_of_scored_tokens_is_as_large_as_can_be() -> None:
+    """Each block reads the whole head: 257 tokens are three blocks, and not one for each token."""
+    model = tiny_model()
+    hidden = jnp.asarray(np.random.default_rng(0).standard_normal((257, model.config.hidden_size)), jnp.float32)
+    behind = jnp.arange(257) % model.config.vocab_size
+
+    def scores(hidden: jax.Array) -> Any:
+        return programs._scores(model.params, model.config, hidden, behind, NO_ADAPTERS)
+
+    loops = [e.params["length"] for e in jax.make_jaxpr(scores)(hidden).jaxpr.eqns if e.primitive.name == "scan"]
+    assert loops == [3]
+    whole = token_logprobs(unembed(model.params, model.config, hidden[None])[0], behind, MAX_LOGPROBS)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), scores(hidden), whole)
+
+
+def test_a_decode_program_is_expected_where_one_is_needed(monkeypatch: pytest.MonkeyPatch) -> None:
+    core, expected = Core(tiny_model(), small_settings()), []
+    monkeypatch.setattr(core.programs, "expect", lambda name, least, *, greedy: expected.append((name, least)))
+    for new, wanted in ((1, []), (2, [("decode", 1)])):
+        run(core, [([5, 6, 7], SamplingParams(temperature=0.0, max_tokens=new, ignore_eos=True))])
+        assert expected == wanted
+
+
 def test_a_long_prompt_is_marked_once_for_penalties(monkeypatch: pytest.MonkeyPatch) -> None:
     """It repeats its tokens, of which each counts once."""
     for module in ("compiled", "program_set"):
@@ -272,6 +297,7 @@ def test_the_set_of_programs_is_small(on_cpu: bool, steps: int, greedy: bool | N
         ({"step_tokens": 600}, (256, 512, 600), (128, 256, 512, 600)),
         ({"step_tokens": 4096, "rows": 32}, (128, 256, 512, 1024, 2048, 4096), ()),
         ({"step_tokens": 4096, "batch_invariant": True}, (4096,), ()),
+        ({"step_tokens": 300, "batch_invariant": True}, (300,), ()),
         ({"step_tokens": 300, "on_cpu": True}, (32, 128, 300), ()),
     ],
 )
@@ -301,6 +327,18 @@ def test_prompts_are_scored_the_same_with_a_warm_cache() -> None:
     assert tokens(news) == ()
     assert news[-1].ending == "length"
     np.testing.assert_allclose(news[-1].prompt_logprobs.token, expected, atol=1e-5)
+    nothing_is_held(core)
+
+
+def test_scores_that_are_no_numbers_are_a_failure() -> None:
+    model = tiny_model()
+    params = jax.tree.map(lambda x: x, model.params)
+    params["embed"] = {"weight": params["embed"]["weight"].at[39].set(jnp.nan)}
+    core = Core(dataclasses.replace(model, params=params), small_settings())
+    scored = SamplingParams(temperature=0.0, max_tokens=0, prompt_logprobs=0)
+    news = run(core, [([5, 39, 6, 7], scored), ([5, 6, 7], scored)])
+    assert [each[-1].ending for each in news] == ["failed", "length"]
+    assert core.snapshot().failed == 1
     nothing_is_held(core)
 
 

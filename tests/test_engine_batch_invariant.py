@@ -183,6 +183,7 @@ def test_what_company_changes_without() -> None:
         ({"drafts": 2}, "drafts"),
         ({"decode_rows": (1, 3)}, "batch_invariant"),
         ({"mixed_tokens": (32, 64)}, "batch_invariant"),
+        ({"few_tokens": (32,), "few_rows": 1}, "batch_invariant"),
     ],
     ids=str,
 )

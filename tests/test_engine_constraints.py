@@ -132,13 +132,13 @@ def test_the_end_of_a_constraint_is_the_end_of_the_text() -> None:
 
 
 class _Broken(Listed):
-    def __init__(self, where: str):
+    def __init__(self, where: str, error: type[BaseException] = ValueError):
         super().__init__(lambda text: set(range(VOCAB)))
-        self._where = where
+        self._where, self._error = where, error
 
     def _maybe(self, where: str) -> None:
         if where == self._where and len(self.text) >= 2:
-            raise ValueError(f"broken {where}")
+            raise self._error(f"broken {where}")
 
     def mask(self, out: np.ndarray) -> None:
         self._maybe("mask")
@@ -164,8 +164,9 @@ class _Broken(Listed):
         (Listed(lambda text: set() if len(text) == 2 else {5, 6, 7}), "the constraints allow no token"),
         (Listed(lambda text: {5, 6, 7}, fails=lambda text: "too deep" if len(text) == 2 else None), "too deep"),
         *((_Broken(where), f"ValueError: broken {where}") for where in ("mask", "accept", "ended", "error")),
+        *((_Broken(where, SystemExit), f"SystemExit: broken {where}") for where in ("mask", "accept")),
     ],
-    ids=["no token", "error", "mask", "accept", "ended", "property"],
+    ids=["no token", "error", "mask", "accept", "ended", "property", "mask exits", "accept exits"],
 )
 def test_a_dead_end_ends_its_sequence_alone(rule: Constraint, says: str) -> None:
     """Tokens that it had drawn stay; the others continue; the same prompt is computed as if nothing had been."""

@@ -59,6 +59,21 @@ def test_the_device_finds_what_the_host_finds(texts: list[list[int]], data: st.D
 _find = jax.jit(lookup.find, static_argnums=2)
 
 
+@pytest.mark.slow
+def test_greedy_drafts_need_no_masks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those that a later step without any reads lie where its program wants them."""
+    Guesses.instead(monkeypatch)
+    model = tiny_model()
+    core = Core(model, small_settings(drafts=3, greedy=True))
+    for temperature in (0.0, 1.0):
+        request = [5, 6, 7], SamplingParams(temperature=temperature, seed=1, max_tokens=6, ignore_eos=True)
+        expected = alone(model, request)
+        Guesses.known = [(request[0], expected.tokens)]
+        assert_as_alone(run(core, [request])[0], expected)
+        assert core.snapshot().accepted_tokens
+        assert (core.programs._no_masks is None) == (temperature == 0)
+
+
 def test_drafts_that_gain_nothing_end() -> None:
     drafter = Drafter(4)
     count = 10

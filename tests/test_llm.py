@@ -15,6 +15,7 @@ from tiny_chat_model import write_chat_model
 
 import llama_jax as lj
 from llama_jax.engine import compiled
+from llama_jax.engine.compiled import Programs
 from llama_jax.errors import EngineFailed, Overloaded, RequestError
 from llama_jax.generation.engine import Engine
 from llama_jax.generation.llm import LLM
@@ -52,6 +53,33 @@ def test_continuations_of_one_prompt_take_seeds_one_after_the_other(llm: LLM) ->
     for i, completion in enumerate(output.outputs):
         one = SamplingParams(seed=3 + i, max_tokens=6)
         assert completion.token_ids == alone(llm.model, (prompt, one)).tokens
+
+
+@pytest.mark.parametrize(
+    "begun", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["planned", "begun by a ready engine"]
+)
+def test_what_an_interrupted_step_should_have_computed_is_not_found(
+    begun: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ctrl-C while its program is compiled, or once the program has taken the state; the same again is answered."""
+    llm = LLM(tiny_model(), settings=small_settings(), ahead=begun)
+    prompt, params = [5 + i % 30 for i in range(60)], SamplingParams(temperature=0.0, max_tokens=4)
+    step = Programs.step
+
+    def interrupted(*args: Any) -> Any:
+        if begun:
+            step(*args)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Programs, "step", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            llm.generate([prompt], params)
+    (output,) = llm.generate([prompt], params)
+    assert output.outputs[0].token_ids == alone(llm.model, (prompt, params)).tokens
+    snapshot = llm.snapshot()
+    assert (snapshot.counts.pages_used, snapshot.counts.pages_fenced, snapshot.late_compilations) == (0, 0, 0)
+    assert (snapshot.ready_s is not None) == begun
 
 
 def test_tokens_that_were_found_are_told(llm: LLM) -> None:
@@ -187,6 +215,10 @@ def test_bad_requests_harm_nobody() -> None:
                 await engine.generate(Request([99]))
             with pytest.raises(RequestError, match="context"):
                 await engine.generate(Request([5] * 120, SamplingParams(max_tokens=50)))
+            with pytest.raises(RequestError, match="priority must be an integer"):
+                await engine.generate(Request([5], priority=float("nan")))  # type: ignore[arg-type]
+            with pytest.raises(RequestError, match="tenant"):
+                Request([5], tenant=["a"])  # type: ignore[arg-type]
             many = [engine.generate(Request([5, i], SamplingParams(max_tokens=40, ignore_eos=True))) for i in range(30)]
             results = await asyncio.gather(*many, return_exceptions=True)
             assert any(isinstance(result, Overloaded) for result in results)
@@ -248,11 +280,15 @@ def test_a_device_that_fails_ends_all_and_the_engine_starts_again(monkeypatch: p
         asyncio.run(Engine(model, settings=small_settings(), ahead=False).generate(Request([5], params)))
 
 
-def test_whoever_waits_is_told_of_a_fault_between_steps(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A request that is being taken, and a change that is being made: neither has a row or a stream yet."""
+@pytest.mark.parametrize("error", [RuntimeError, SystemExit])
+def test_whoever_waits_is_told_of_a_fault_between_steps(
+    error: type[BaseException], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A request that is being taken, and a change that is being made: neither has a row or a stream yet. A panic of
+    Rust code is no `Exception` either."""
 
     def fail(*_: Any, **__: Any) -> Any:
-        raise RuntimeError("the device is lost")
+        raise error("the device is lost")
 
     async def run() -> None:
         async with Engine(tiny_model(), settings=small_settings(), ahead=False, max_adapters=1) as engine:

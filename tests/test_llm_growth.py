@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import pytest
 from engines import alone, some_requests, tiny_model
 
+from llama_jax.config import preset
 from llama_jax.engine import sizing
+from llama_jax.engine.replicas import Replicas
+from llama_jax.engine.settings import EngineSettings
 from llama_jax.errors import DoesNotFit, RequestError
 from llama_jax.generation import jobs
+from llama_jax.generation.jobs import Jobs
 from llama_jax.generation.llm import LLM
 from llama_jax.generation.request import Requests, prepare
 from llama_jax.sampling import SamplingParams
@@ -68,6 +73,25 @@ def test_without_memory_for_more_the_engine_stays_usable(monkeypatch: pytest.Mon
     assert llm.generate([request[0]], request[1])[0].outputs[0].token_ids == alone(llm.model, request).tokens
 
 
+@pytest.mark.usefixtures("small")
+def test_a_growth_that_is_interrupted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The smaller engine is there again."""
+    llm = LLM(tiny_model(), rows=2)
+    made = Jobs._made
+
+    def interrupted(jobs: Jobs, settings: EngineSettings) -> Replicas:
+        if settings.context > 32:
+            raise KeyboardInterrupt
+        return made(jobs, settings)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Jobs, "_made", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            llm.generate([[5] * 40], max_tokens=3)
+    request = [5, 6], SamplingParams(temperature=0.0, max_tokens=3)
+    assert llm.generate([request[0]], request[1])[0].outputs[0].token_ids == alone(llm.model, request).tokens
+
+
 def test_a_context_that_was_asked_for_stays() -> None:
     llm = LLM(tiny_model(), rows=2, context=64)
     with pytest.raises(DoesNotFit, match="do not fit into the 64"):
@@ -76,7 +100,7 @@ def test_a_context_that_was_asked_for_stays() -> None:
 
 def test_less_where_memory_has_less() -> None:
     config = tiny_model().config
-    free = sizing._beside_pages(config, np.float32, None) + 50 * sizing.cache_bytes(config, None, 4, 1)
+    free = sizing._beside_pages(config, np.float32, None, 2) + 50 * sizing.cache_bytes(config, None, 4, 1)
     given = {"on_cpu": False, "free": free, "rows": 4, "page_size": 16}
     with pytest.raises(DoesNotFit, match="there is memory for 3"):
         sizing.settings_for(config, np.float32, None, context=64, **given)
@@ -84,6 +108,15 @@ def test_less_where_memory_has_less() -> None:
     assert (settings.context, settings.pages) == (48, 3)
     with pytest.raises(DoesNotFit):
         sizing.settings_for(config, np.float32, None, context=64, least=50, **given)
+
+
+def test_more_rows_leave_less_for_pages() -> None:
+    """A step's logits, and what the sampler makes of them, grow with the rows."""
+    config = preset("llama-3.1-8b")
+    given: dict[str, Any] = {"on_cpu": False, "free": 40 << 30, "context": 8192}
+    few, many = (sizing.settings_for(config, "bfloat16", None, rows=rows, **given).pages for rows in (256, 1024))
+    page = sizing.cache_bytes(config, None, 2, 64)
+    assert (few - many) * page > 4 * 5 * 768 * config.vocab_size - page
 
 
 @pytest.mark.slow

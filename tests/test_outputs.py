@@ -6,13 +6,16 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from llama_jax.convert.gguf_tokenizer import tokenizer_files
+from llama_jax.engine.core import Drawn
+from llama_jax.generation.answer import Answer
 from llama_jax.generation.outputs import RowText
-from llama_jax.sampling import SamplingParams
+from llama_jax.sampling import Logprobs, SamplingParams
 from llama_jax.text.tokenizer import Tokenizer, load_tokenizer
 
 METADATA = Path(__file__).parent / "data" / "tokenizer" / "byte_level_gguf.json"
@@ -163,3 +166,15 @@ def test_ids_beyond_the_tokenizer_have_no_text(tokenizer: Tokenizer) -> None:
     row, _ = feed(tokenizer, [ids[0], tokenizer.vocab_size, ids[1]], limit=3)
     assert row.text == "ab"
     assert row.token_ids[1] == tokenizer.vocab_size
+
+
+def test_an_end_without_a_token_repeats_none() -> None:
+    found = Logprobs(np.zeros(1), np.full((1, 1), 7), np.zeros((1, 1)))
+    answer = Answer(None, [1, 2], SamplingParams(max_tokens=4, logprobs=1), 4, ())
+    answer.take(0, Drawn(0, (7,), found))
+    step = answer.stream_output("", 1)
+    assert (step.token, step.logprobs and step.logprobs.token_id, len(step.new_logprobs)) == (7, 7, 1)
+    answer.take(0, Drawn(0, (), ending="failed", error="its logits were not finite"))
+    last = answer.stream_output("", 0)
+    assert (last.token, last.logprobs, last.new_logprobs) == (-1, None, ())
+    assert (last.finish_reason, last.generation_tokens) == ("error", 1)

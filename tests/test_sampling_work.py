@@ -17,6 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_sampling import requests
 
+from llama_jax.cache.protocol import take_rows
 from llama_jax.errors import RequestError
 from llama_jax.sampling import (
     GREEDY_BELOW,
@@ -26,6 +27,7 @@ from llama_jax.sampling import (
     failed,
     make_sampler,
     sample,
+    sampler,
     token_logprobs,
 )
 from llama_jax.sampling.truncation import truncate
@@ -95,6 +97,38 @@ def test_nothing_as_wide_as_the_vocabulary_is_computed_unasked(kind: Any) -> Non
     jaxpr = jax.make_jaxpr(partial(sample, profile=profile))(jnp.zeros((3, vocab)), state)
     wide = [e.primitive.name for e in unconditional(jaxpr.jaxpr) if any(v.aval.size >= 3 * vocab for v in e.outvars)]
     assert wide == (["scatter-add"] if kind == "full" else [])
+
+
+ASKS_FOR_ALL = SamplingParams(seed=1, logit_bias={1: 2.0}, repetition_penalty=1.5, logprobs=1)
+
+
+@pytest.mark.parametrize("idle", ["ended", "padding"])
+@pytest.mark.parametrize(("other", "computed"), [({}, []), ({"logit_bias": {3: 1.0}}, ["_change"])])
+def test_rows_that_do_not_draw_ask_for_nothing(
+    idle: str, other: Any, computed: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rows whose requests have ended, and those that fill up a program, whose numbers are all 0."""
+    greedy = SamplingParams(temperature=0.0, **other)
+    _, state = make_sampler([greedy, ASKS_FOR_ALL], [[], [2]], VOCAB, profile=EVERYTHING)
+    done: list[str] = []
+    for name in ("_change", "_penalize", "_noise"):
+        run = getattr(sampler, name)
+        monkeypatch.setattr(sampler, name, lambda *args, run=run, name=name: (done.append(name), run(*args))[1])
+    rest = jax.tree.map(lambda x: take_rows(jnp.asarray(x), jnp.asarray([0, 2]), 0), state)
+    logits = np.random.default_rng(0).standard_normal((2, VOCAB)).astype(np.float32)
+    with jax.disable_jit():  # runs one branch of each `cond` alone
+        tokens, _, logprobs = sample(
+            logits, state if idle == "ended" else rest, EVERYTHING, drawing=jnp.asarray([True, False])
+        )
+        assert done == computed
+        assert logprobs is not None
+        assert not logprobs.token.any()
+        done.clear()
+        together, _, logprobs = sample(logits, state, EVERYTHING)
+        assert done == ["_change", "_penalize", "_noise"]
+        assert logprobs is not None
+        assert logprobs.token.all()
+    assert together[0] == tokens[0]
 
 
 # --- Rows -------------------------------------------------------------------------------------------------------------

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 Record = dict[str, Any]
@@ -27,5 +27,12 @@ def index_of(record: Mapping[str, Any]) -> int | None:
 
 
 def is_error(record: Mapping[str, Any]) -> bool:
-    """Whether an output line reports that its input line failed."""
-    return record["response"]["status_code"] != 200 if "response" in record else "error" in record
+    """Whether an output line reports that its input line failed, or that an answer has ended without a next token."""
+    if "response" in record:
+        response = record["response"]
+        return response["status_code"] != 200 or _ended_early(response["body"].get("choices", ()))
+    return "error" in record or _ended_early(record.get("outputs", [record]))
+
+
+def _ended_early(answers: Iterable[Mapping[str, Any]]) -> bool:
+    return any(answer.get("finish_reason") == "error" for answer in answers)

@@ -61,8 +61,8 @@ Lines of OpenAI's Batch API are answered in its format:
 a body does not say is taken from the options.
 
 \b
-The exit code is 0 if every line was generated, 1 if some lines have an error, 130 if the run was interrupted;
-see `llama-jax --help` for errors of the whole run.
+The exit code is 0 if every line was generated, 1 if some lines have an error or a finish_error, 130 if the run was
+interrupted; see `llama-jax --help` for errors of the whole run.
 
 \b
 Examples:

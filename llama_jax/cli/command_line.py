@@ -45,7 +45,7 @@ COMMANDS = {
 _EXIT_CODES = """\b
 Exit codes:
   0    done
-  1    done, but some lines of a batch have an error
+  1    done, but some lines of a batch have an error, or an answer ended early
   2    wrong usage, or a value out of range
   3    model not found, gated or not supported; no engine to watch
   4    damaged, or not equal to what was expected

@@ -34,6 +34,8 @@ if TYPE_CHECKING:
     from llama_jax.text.tokenizer import Tokenizer
 
 DEFAULT_MAX_TOKENS = 256
+NO_NEXT_TOKEN = 1
+"""Exit code of an answer that ended because its next logits were not finite."""
 
 
 @click.command(
@@ -75,7 +77,7 @@ def command(
     quiet: bool,
     as_json: bool,
     **fields: Any,
-) -> None:
+) -> int:
     """Continue PROMPT verbatim, or answer --messages through the model's chat template.
 
     PROMPT "-" reads standard input. New text is streamed to standard output; model, device, dtype and speed go to
@@ -109,15 +111,16 @@ def command(
         ids = encode_prompt(tokenizer, text)
     params = _limited(params, loaded, len(ids))
     if as_json:
-        tokens = _print_object(loaded, tokenizer, ids, params, page_size)
+        tokens, failed = _print_object(loaded, tokenizer, ids, params, page_size)
     else:
-        tokens = _stream(loaded, tokenizer, ids, params, page_size, quiet=quiet)
+        tokens, failed = _stream(loaded, tokenizer, ids, params, page_size, quiet=quiet)
     if receipt is not None:
         from llama_jax.receipts.making import made, request_json
 
         adapters = recorded(loading.adapters)
         load = {"weights": loading.weights, "convert": loading.convert, "adapters": adapters}
         made(loaded, [request_json(ids, params, [tokens])], load=load, run={"page_size": page_size}).save(receipt)
+    return NO_NEXT_TOKEN if failed else 0
 
 
 def _limited(params: SamplingParams, model: Model, prompt_length: int) -> SamplingParams:
@@ -139,8 +142,8 @@ def _limited(params: SamplingParams, model: Model, prompt_length: int) -> Sampli
 
 def _stream(
     model: Model, tokenizer: Tokenizer, ids: list[int], params: SamplingParams, page_size: int, *, quiet: bool
-) -> list[int]:
-    """Prints the text as it comes; returns the new token ids."""
+) -> tuple[list[int], bool]:
+    """Prints the text as it comes; returns the new token ids, and whether there was no next one."""
     from llama_jax.generation import stream_generate
     from llama_jax.runtime import device_name
 
@@ -152,7 +155,7 @@ def _stream(
     ended_line = True
     try:
         for last in steps:
-            tokens.append(last.token)
+            tokens += [last.token] * (last.token >= 0)
             if last.text:
                 write_text(last.text)
                 ended_line = last.text.endswith("\n")
@@ -161,19 +164,20 @@ def _stream(
         if not ended_line:
             write_text("\n")
         if last and not quiet:
+            end = "the next logits were not finite" if last.finish_reason == "error" else last.finish_reason
             click.echo(
                 f"{last.prompt_tokens} prompt tokens at {last.prompt_tps:.1f} tokens/s, "
                 f"{last.generation_tokens} new at {last.generation_tps:.1f} tokens/s, "
-                f"first after {last.ttft_s * 1000:.0f} ms, end: {last.finish_reason or 'interrupted'}",
+                f"first after {last.ttft_s * 1000:.0f} ms, end: {end or 'interrupted'}",
                 err=True,
             )
-    return tokens
+    return tokens, last is not None and last.finish_reason == "error"
 
 
 def _print_object(
     model: Model, tokenizer: Tokenizer, ids: list[int], params: SamplingParams, page_size: int
-) -> list[int]:
-    """Prints the result as one object; returns the new token ids."""
+) -> tuple[list[int], bool]:
+    """Prints the result as one object; returns the new token ids, and whether there was no next one."""
     from llama_jax.generation import batch_generate
     from llama_jax.runtime import device_name
 
@@ -193,4 +197,4 @@ def _print_object(
             "dtype": model.dtype.name,
         }
     )
-    return list(completion.token_ids)
+    return list(completion.token_ids), completion.finish_reason == "error"

@@ -236,10 +236,7 @@ class Programs:
         arguments: list[Any] = [self._model.params, narrow(state) if key.greedy else state, control, self._slots]
         verifies = key.name == "verify"
         if verifies:
-            if masks is None and self._no_masks is None:  # avoids sending unused arrays each time
-                shape = self.masks(key)
-                self._no_masks = jax.device_put(np.zeros(shape.shape, shape.dtype), run.input_shardings[0][-1])
-            arguments += [self._texts_there(), self._no_masks if masks is None else masks]
+            arguments += [self._texts_there(), self._unused_masks(key, run) if masks is None else masks]
         new, *told = run(*arguments)
         if verifies:
             self._texts = told.pop()
@@ -253,6 +250,15 @@ class Programs:
     def masks(self, key: Key) -> jax.ShapeDtypeStruct:
         """Masks of `programs.verify`."""
         return masks_of(key, self._settings, self._model.config)
+
+    def _unused_masks(self, key: Key, run: Any) -> jax.Array | None:
+        """Masks for a step without any, sent once; None for a program without masks."""
+        if key.greedy:
+            return None
+        if self._no_masks is None:
+            like = self.masks(key)
+            self._no_masks = jax.device_put(np.zeros(like.shape, like.dtype), run.input_shardings[0][-1])
+        return self._no_masks
 
     def _texts_there(self) -> jax.Array | None:
         """Texts in which rows look for drafts, made at first use; None if no row does."""

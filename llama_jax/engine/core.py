@@ -222,6 +222,11 @@ class Core:
                 return ended + self._read(self._flights.popleft())
             return ended
 
+    def discard(self) -> None:
+        """Frees the memory of the state of an engine that runs no more, even if a traceback refers to it."""
+        for array in jax.tree.leaves(self._begun):
+            array.delete()
+
     def computed(self, number: int) -> int:
         """Tokens of a sequence that have been computed or are in dispatched steps."""
         return self._asked[number].sequence.computed
@@ -268,7 +273,7 @@ class Core:
         joined = {joining.row for joining in step.joining}
         everyone = [*(chunk.sequence for chunk in step.chunks), *step.decoding]
         greedy = all(self._asked[sequence.id].greedy for sequence in everyone)
-        if step.chunks and (going := sum(sequence.limit - sequence.drawn > 1 for sequence in everyone)):
+        if step.chunks and (going := sum(sequence.limit > max(sequence.drawn, 1) for sequence in everyone)):
             self.programs.expect("decode", going, greedy=greedy)  # compiled while the prompts' program compiles
         packed = pack(step, self.programs, self.settings, self._asked, self._beginnings, greedy=greedy)
         if pages := [entry for entry in step.pages if entry[0] not in joined]:
@@ -327,9 +332,18 @@ class Core:
             asked.pace.drawn(drafted, len(tokens), len(sequence.tokens))
             self._meter.drafted += drafted
             self._meter.accepted += len(tokens) - 1
+        found = of_prompt = None
+        if asked.params.logprobs is not None and tokens:
+            found = jax.tree.map(lambda x: x[line, : len(tokens)], logprobs)
+        if asked.scores:
+            of_prompt = jax.tree.map(lambda *parts: np.concatenate(parts), *asked.scores)
+            asked.scores = []
+        # The device looks at logits that it draws from; a prompt that is only scored has none.
+        no_scores = not sequence.limit and of_prompt is not None and np.isnan(of_prompt.token).any()
         ending: Ending | None = None
         if flags & programs.DONE:
-            ending = "failed" if flags & programs.FAILED else "stop" if flags & programs.STOPPED else "length"
+            failed = flags & programs.FAILED or no_scores
+            ending = "failed" if failed else "stop" if flags & programs.STOPPED else "length"
         if asked.rule and tokens:
             asked.rule.accept(tokens)
             ending = "stop" if asked.rule.ended else ending
@@ -340,12 +354,6 @@ class Core:
         if ending:
             self._finish(sequence.id, keep=ending != "failed")
             del self._asked[sequence.id]
-        found = of_prompt = None
-        if asked.params.logprobs is not None and tokens:
-            found = jax.tree.map(lambda x: x[line, : len(tokens)], logprobs)
-        if asked.scores:
-            of_prompt = jax.tree.map(lambda *parts: np.concatenate(parts), *asked.scores)
-            asked.scores = []
         return Drawn(sequence.id, tuple(tokens), found, of_prompt, asked.cached or 0, ending, error)
 
     def _finish(self, number: int, *, keep: bool = True) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from numbers import Integral
 
 from llama_jax.engine.sequence import Sequence
 from llama_jax.errors import DoesNotFit, RequestError
@@ -87,6 +88,9 @@ class Limits:
           RequestError: it contradicts itself.
           DoesNotFit: it is too long.
         """
+        if not isinstance(sequence.priority, Integral):
+            hint = "an integer; lower ones run first"
+            raise RequestError(f"priority must be an integer; got {sequence.priority!r}", param="priority", hint=hint)
         drawn = len(sequence.tokens) - sequence.prompt_length
         if not 1 <= sequence.prompt_length <= len(sequence.tokens):
             raise RequestError(

@@ -156,7 +156,7 @@ def program(
     told += [texts and where.tokens] if verifies else []
     shardings = {"out_shardings": (where, *told)} if in_use() else {}
     jitted = jax.jit(function, donate_argnums=(1, 4) if verifies else 1, compiler_options=options or None, **shardings)
-    more = [texts, masks_of(key, settings, config)] if verifies else []
+    more = [texts, None if key.greedy else masks_of(key, settings, config)] if verifies else []
     return Program(str(key), jitted, (params, state, ints(control.size), adapters, *more), {})
 
 

@@ -36,7 +36,7 @@ DRAFTED = 20
 """Bit offset of the number of tried tokens, in the same column."""
 
 SCORED_BLOCK = 128
-"""Number of tokens whose logits exist at once when prompts are scored."""
+"""The most tokens whose logits exist at once when prompts are scored."""
 
 
 class Control:
@@ -134,7 +134,7 @@ def verify(
     control: jax.Array,
     adapters: Params | None,
     texts: jax.Array | None,
-    masks: jax.Array,
+    masks: jax.Array | None,
     *,
     config: LlamaConfig,
     profile: SamplerProfile,
@@ -149,7 +149,7 @@ def verify(
       texts: int32 [rows of the state, context], complete up to the last token for rows that look up their drafts; None
         if no row does.
       masks: uint32 [rows, drafts + 1, ceil(vocab / 32)], the tokens that a row with its own masks may draw in each
-        place (`sampling.token_mask`).
+        place (`sampling.token_mask`); None with the greedy profile.
       loops: whether the device can end a loop by itself. If it had to ask the host after each draw, nothing else could
         be dispatched meanwhile, so all draws are computed.
 
@@ -185,7 +185,7 @@ def verify(
     def draw(carry: Carry) -> Carry:
         at, part, progress, going = carry
         here = jax.lax.dynamic_index_in_dim(logits, at, axis=1, keepdims=False)
-        if profile.kind == "full":
+        if masks is not None:
             part = _masked(part, jax.lax.dynamic_index_in_dim(masks, at, axis=1, keepdims=False), masked)
         part, progress = emit(here, part, progress, at, profile, where=going)
         following = ids.at[:, at + 1].get(mode="fill", fill_value=-1)
@@ -293,11 +293,17 @@ def _scores(params: Params, config: LlamaConfig, hidden: jax.Array, behind: jax.
         logits = unembed(params, config, h[None], adapters=head.at(at[None]))
         return token_logprobs(logits[0], ids, MAX_LOGPROBS)
 
-    # A block at a time: the logits of all tokens would be the largest array of the engine.
-    size = math.gcd(len(behind), SCORED_BLOCK)
-    places = jnp.arange(len(behind), dtype=jnp.int32).reshape(-1, size)
-    found = jax.lax.map(score, (hidden.reshape(-1, size, hidden.shape[-1]), behind.reshape(-1, size), places))
-    return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), found)
+    # A block at a time: the logits of all tokens would be the largest array of the engine. Each reads the whole head.
+    tokens = len(behind)
+    blocks = -(-tokens // SCORED_BLOCK)
+    size = -(-tokens // blocks)
+
+    def cut(x: jax.Array) -> jax.Array:
+        padded = jnp.pad(x, [(0, blocks * size - tokens)] + [(0, 0)] * (x.ndim - 1))
+        return padded.reshape(blocks, size, *x.shape[1:])
+
+    found = jax.lax.map(score, tuple(map(cut, (hidden, behind, jnp.arange(tokens, dtype=jnp.int32)))))
+    return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:])[:tokens], found)
 
 
 def report(progress: Progress) -> tuple[jax.Array, Logprobs | None]:

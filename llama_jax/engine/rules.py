@@ -40,7 +40,7 @@ class Ahead:
 class Rule:
     """The constraints and `allowed_token_ids` of one sequence, given the tokens that it has drawn.
 
-    Exceptions of constraints become `error`: they must not harm other sequences.
+    Whatever constraints raise becomes `error`: it must not harm other sequences. Rust panics are no `Exception`s.
 
     Attributes:
       ended: whether nothing may follow.
@@ -67,7 +67,9 @@ class Rule:
                 for constraint in self._constraints:
                     constraint.accept(token)
             self.ended = any(constraint.ended for constraint in self._constraints)
-        except Exception as error:
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:
             self.error = _told(error)
 
     def prepare(self, guess: Sequence[int] = (), most: int = 0) -> None:
@@ -129,7 +131,7 @@ class Rule:
         if not most:
             return draft, masks
         forced: Sequence[int] = ()
-        with contextlib.suppress(Exception):
+        with contextlib.suppress(BaseException):
             forks = [constraint.fork() for constraint in self._constraints if isinstance(constraint, Forkable)]
             if len(forks) < len(self._constraints):
                 return draft, masks
@@ -159,7 +161,7 @@ class Rule:
             for constraint in constraints:
                 constraint.mask(mask)
             errors = [constraint.error for constraint in constraints if constraint.error]
-        except Exception as error:
+        except BaseException as error:
             errors = [_told(error)]
         return mask, "; ".join(errors) or (None if mask.any() else "the constraints allow no token")
 
@@ -185,7 +187,7 @@ def abandon_threads() -> None:
     pool.shutdown(wait=False, cancel_futures=True)
 
 
-def _told(error: Exception) -> str:
+def _told(error: BaseException) -> str:
     return f"{type(error).__name__}: {error}"
 
 

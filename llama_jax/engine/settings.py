@@ -119,9 +119,10 @@ class EngineSettings:
             self._check_batch_invariant()
 
     def _check_batch_invariant(self) -> None:
-        if len(self.decode_rows) > 1 or len(self.mixed_tokens) > 1:
+        if len(self.decode_rows) > 1 or len(self.mixed_tokens + self.few_tokens) > 1:
             raise RequestError(
-                f"batch_invariant with decode_rows {self.decode_rows} and mixed_tokens {self.mixed_tokens}",
+                f"batch_invariant with decode_rows {self.decode_rows}, mixed_tokens {self.mixed_tokens} and few_tokens "
+                f"{self.few_tokens}",
                 param="batch_invariant",
                 hint="give one size of each: another would be computed by a program that rounds differently",
             )

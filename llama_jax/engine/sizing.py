@@ -202,7 +202,7 @@ def settings_for(
     context = _default_context(config, on_cpu=on_cpu) if context is None else context
     rows = (CPU_ROWS if on_cpu else GPU_ROWS) if rows is None else rows
     each = -(-context // page_size)
-    room = None if free is None else max(free - _beside_pages(config, dtype, mesh, step_tokens), 0)
+    room = None if free is None else max(free - _beside_pages(config, dtype, mesh, rows, step_tokens), 0)
     draft_rows, draft_context = min(DRAFT_ROWS, rows), 0
     if draft is not None:
         draft_context = min(context, draft[0].context_length)
@@ -243,8 +243,8 @@ def settings_for(
         tokens.append(2 * rows)
     if batch_invariant:  # one size of each program
         chunk_rows, buckets = ONE_SIZE_ROWS, (rows,)
-        one = step_tokens or (CPU_ONE_SIZE if on_cpu else GPU_ONE_SIZE)
-        tokens = [max(one, page_size, 1 << rows.bit_length())]
+        one = step_tokens or max(CPU_ONE_SIZE if on_cpu else GPU_ONE_SIZE, 1 << rows.bit_length())
+        tokens = [max(one, page_size)]
     return EngineSettings(
         rows=rows,
         few_tokens=tuple(few),
@@ -280,7 +280,7 @@ def least_settings(
     settings = settings_for(
         config, dtype, mesh, on_cpu=on_cpu, free=None, rows=rows, context=context, pages=pages, page_size=page_size
     )
-    return settings, 0 if on_cpu else _beside_pages(config, dtype, mesh)
+    return settings, 0 if on_cpu else _beside_pages(config, dtype, mesh, settings.rows)
 
 
 def _default_context(config: LlamaConfig, *, on_cpu: bool) -> int:
@@ -310,12 +310,14 @@ def _decode_rows(rows: int, *, on_cpu: bool) -> tuple[int, ...]:
     return tuple(sorted({*(n for n in GPU_DECODE_ROWS if n < rows), rows}))
 
 
-def _beside_pages(config: LlamaConfig, dtype: DTypeLike, mesh: AnyMesh, step_tokens: int | None = None) -> int:
+def _beside_pages(
+    config: LlamaConfig, dtype: DTypeLike, mesh: AnyMesh, rows: int, step_tokens: int | None = None
+) -> int:
     """Bytes of each device that the largest step, or its compilation, needs besides weights and pages: XLA autotunes
     kernels on copies of their operands, the largest of which is the head's matrix."""
     width = max((layer.mlp if isinstance(layer.mlp, int) else 0) for layer in config.layers) // ruled(mesh).ways("mlp")
     tokens = step_tokens or GPU_TOKENS[-1]
-    logits = 5 * 4 * GPU_ROWS * config.vocab_size
+    logits = 5 * 4 * max(rows, GPU_ROWS) * config.vocab_size
     activations = tokens * (4 * config.hidden_size * 4 + 3 * max(width, config.hidden_size) * jnp.dtype(dtype).itemsize)
     head = config.vocab_size * config.hidden_size * jnp.dtype(dtype).itemsize // ruled(mesh).ways("vocab")
     return logits + 2 * activations + head + (1 << 30)

@@ -80,8 +80,8 @@ class Answer:
         (row,), (logprobs,), timing = self.rows, self.logprobs, self.timing()
         return StreamOutput(
             text=text,
-            token=row.token_ids[-1] if row.token_ids else -1,
-            logprobs=logprobs[-1] if logprobs else None,
+            token=row.token_ids[-1] if tokens else -1,
+            logprobs=logprobs[-1] if tokens and logprobs else None,
             prompt_tokens=len(self.prompt),
             prompt_tps=timing.prompt_tps,
             generation_tokens=len(row.token_ids),

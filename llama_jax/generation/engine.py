@@ -258,7 +258,7 @@ class Engine:
                     posted = self._inbox.popleft()
                     try:
                         posted[0](posted[1])
-                    except Exception:
+                    except BaseException:
                         self._inbox.appendleft(posted)  # its caller is told with the others
                         raise
                 assert self._jobs is not None
@@ -268,7 +268,7 @@ class Engine:
                 self._stepping = time.monotonic()
                 deliver(filter(None, map(self._told, self._jobs.step())))
                 self._stepping = None
-            except Exception as error:  # a device failure or a bug of ours: callers must be told
+            except BaseException as error:  # a device failure or a bug of ours: callers must be told
                 self._fail(error)
         self._drop(self._why_ended)
 
@@ -313,7 +313,7 @@ class Engine:
             del self._streams[answer]
         return stream, Piece(news.copy, news.text, news.tokens, logprobs, row.finish_reason, output, row.stop_reason)
 
-    def _fail(self, error: Exception) -> None:
+    def _fail(self, error: BaseException) -> None:
         """Ends every request with a typed error, and restarts as often as `restarts` allows."""
         self._stepping = None
         # The frames hold the old engine. Cleared before a caller re-raises the error, which adds more frames.

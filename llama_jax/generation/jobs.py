@@ -21,7 +21,7 @@ from llama_jax.engine.rules import Rule
 from llama_jax.engine.sequence import GROUP
 from llama_jax.engine.settings import EngineSettings
 from llama_jax.engine.sizing import Sizes
-from llama_jax.errors import DoesNotFit, EngineFailed, LateCompilation, RequestError
+from llama_jax.errors import EngineFailed, LateCompilation, RequestError
 from llama_jax.generation.answer import Answer
 from llama_jax.generation.request import Requests
 from llama_jax.library import DEFAULT_MODEL
@@ -146,6 +146,7 @@ class Jobs:
         self._sizes = Sizes(self._models[0], options, settings)
         self._of: dict[int, _Job] = {}
         self._peak, self._process = peak, os.getpid()
+        self._sound = True
         self._engine = self._made(self._sizes(room))
 
     def make_ready(self, progress: Progress | None = None, *, ahead: bool = True, early: bool = False) -> None:
@@ -231,12 +232,16 @@ class Jobs:
         """Ends the rest of a request; no effect on one that has ended."""
         for number in self._numbers(answer):
             del self._of[number]
-            self._engine.of(number).cancel(number)
+            if self._sound:
+                self._engine.of(number).cancel(number)
 
     def step(self) -> Sequence[News]:
         """Runs a step of the engine."""
         news, longer = [], []
-        for drawn in self._engine.step():
+        self._sound = False
+        drawn_by_all = self._engine.step()
+        self._sound = True
+        for drawn in drawn_by_all:
             job = self._of[drawn.id]
             row = job.answer.rows[job.copy]
             known = len(row.token_ids)
@@ -262,6 +267,7 @@ class Jobs:
         **options: Any,
     ) -> Iterator[tuple[K, News]]:
         """Yields news of requests until all have ended. Closing the iterator, or an exception in it, cancels the rest.
+        After one in a step (Ctrl-C, for example), the next run begins with a new engine of the same sizes.
 
         Args:
           asked: (key, requests, index of the request), taken as room allows.
@@ -270,6 +276,8 @@ class Jobs:
             and the others are skipped.
           options: of `add`.
         """
+        if not self._sound:
+            self._renew()
         source, under_way, more = iter(asked), dict[Answer, K](), True
         # The device begins once there is enough for its first step, and computes it while the others are taken.
         enough: float = self._engine.settings.budget * len(self._engine.cores)
@@ -328,6 +336,18 @@ class Jobs:
         publish(engine)
         return engine
 
+    def _renew(self) -> None:
+        """Replaces an engine with an interrupted step: its scheduler counts on what the step may not have computed, and
+        the step's arguments are lost."""
+        old = self._engine
+        for core in old.cores:
+            core.discard()
+        self._engine = self._made(old.settings)
+        if old.snapshot().ready_s is not None:
+            for _ in self._engine.compile_all():  # all of them are compiled
+                pass
+        self._sound = True
+
     def _make_room(self, length: int) -> None:
         """Replaces an engine without room for a sequence of that length by a larger one, if sizes allow.
 
@@ -347,10 +367,9 @@ class Jobs:
         del self._engine  # frees the old one's arrays
         gc.collect()
         try:
-            larger = self._sizes(min(length, self._sizes.longest))
-        except DoesNotFit:
+            self._engine = self._made(self._sizes(min(length, self._sizes.longest)))
+        except BaseException:
             self._engine = self._made(settings)
             raise
-        self._engine = self._made(larger)
         for _, each in itertools.groupby(jobs, key=lambda job: job.answer):
             self._begin(list(each))

@@ -95,7 +95,7 @@ class StreamOutput:
 
     Attributes:
       text: the text that this token adds; often empty while a character or a possible stop string is incomplete.
-      token: its id; -1 if the logits of the first one were not numbers.
+      token: its id; -1 if the text has ended without another ("error").
       finish_reason: set on the last one only.
       new_logprobs: of all tokens of this step; there may be several with drafts.
       cached_tokens: prompt tokens that the engine had already computed.

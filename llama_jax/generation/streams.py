@@ -8,6 +8,7 @@ from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 
+from llama_jax.errors import RequestError
 from llama_jax.generation.answer import Answer
 from llama_jax.generation.outputs import FinishReason, RequestOutput, TokenLogprob
 from llama_jax.generation.request import Prompt, Requests
@@ -30,6 +31,11 @@ class Request:
     priority: int = 0
     adapter: str = ""
     tenant: str = ""
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.tenant, str):
+            got = type(self.tenant).__name__
+            raise RequestError(f"a tenant's name is text; got {got}", param="tenant", hint="any text of your own")
 
 
 @dataclass(slots=True)  # frozen ones take four times as long to make, and there is one for each token

@@ -31,15 +31,16 @@ def sample(
 
     Args:
       logits: float32 [batch, vocab].
-      drawing: bool [batch], rows whose token counts; the state of others is unchanged. All by default.
+      drawing: bool [batch], rows whose token counts; the state of others is unchanged, and nothing is computed because
+        of what they ask for. All by default.
 
     Returns:
       tokens int32 [batch], the state after the draw, and the log-probabilities if the profile has them: zeros if no
-      row requests any.
+      row that draws requests any.
     """
     drawing = jnp.ones(len(logits), bool) if drawing is None else drawing
     vocab = logits.shape[1]
-    noisy = state.temperature >= GREEDY_BELOW
+    noisy = drawing & (state.temperature >= GREEDY_BELOW)
     limited = noisy & ((state.top_p < 1) | (state.top_k < vocab) | (state.min_p > 0))
 
     # Skips what no row needs. Branches return tokens, not logits: logits would be copied even if nothing changes.
@@ -52,25 +53,25 @@ def sample(
         return tokens
 
     if profile.kind == "full":
-        changed = jnp.any(_changed(state))
-        tokens = jax.lax.cond(changed, lambda: draw(_change(logits, state)), lambda: draw(logits))
+        changed = jnp.any(drawing & _changed(state))
+        tokens = jax.lax.cond(changed, lambda: draw(_change(logits, state, drawing)), lambda: draw(logits))
     else:
         tokens = draw(logits)
     seen = None
     if state.seen is not None:
         seen = _on_parts(_count, _WIDE, seen=state.seen, tokens=jnp.where(drawing, tokens, -1))
     new_state = dataclasses.replace(state, count=state.count + drawing, seen=seen)
-    return tokens, new_state, _reported(logits, tokens, state) if profile.logprobs else None
+    return tokens, new_state, _reported(logits, tokens, state, drawing) if profile.logprobs else None
 
 
-def _reported(logits: jax.Array, tokens: jax.Array, state: SamplerState) -> Logprobs:
-    """Log-probabilities, if a row requests any."""
+def _reported(logits: jax.Array, tokens: jax.Array, state: SamplerState, drawing: jax.Array) -> Logprobs:
+    """Log-probabilities, if a row that draws requests any."""
 
     def report() -> Logprobs:
         return token_logprobs(logits, tokens, MAX_LOGPROBS)
 
     nothing = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(report))
-    found: Logprobs = jax.lax.cond(jnp.any(state.reports), report, lambda: nothing)
+    found: Logprobs = jax.lax.cond(jnp.any(drawing & state.reports), report, lambda: nothing)
     return found
 
 
@@ -88,7 +89,7 @@ def failed(logits: jax.Array, state: SamplerState) -> jax.Array:
 def _on_parts(run: Any, out: Axes, **arguments: Any) -> jax.Array:
     """Runs `run(**arguments, axis=)` on every device with its rows and its part of the vocabulary."""
     wide = arguments["logits" if "logits" in arguments else "seen"]
-    known: dict[str, Any] = {"logits": _WIDE, "noise": _WIDE, "seen": _WIDE, "tokens": _ROWS}
+    known: dict[str, Any] = {"logits": _WIDE, "noise": _WIDE, "seen": _WIDE, "tokens": _ROWS, "drawing": _ROWS}
     axes = {name: known.get(name) or sampler_axes(value) for name, value in arguments.items()}
     array: jax.Array = local(partial(run, axis=split_over("vocab", wide.shape[1])), arguments, axes, out)
     return array
@@ -138,12 +139,12 @@ def _changed(state: SamplerState) -> jax.Array:
     return biased | _early(state) | _penalised(state) | state.restricted
 
 
-def _change(logits: jax.Array, state: SamplerState) -> jax.Array:
+def _change(logits: jax.Array, state: SamplerState, drawing: jax.Array) -> jax.Array:
     """The logits to draw from: min_tokens, logit_bias, penalties, masks, in this order."""
-    return _on_parts(_change_part, _WIDE, logits=logits, state=state)
+    return _on_parts(_change_part, _WIDE, logits=logits, state=state, drawing=drawing)
 
 
-def _change_part(logits: jax.Array, state: SamplerState, *, axis: MeshAxes | None) -> jax.Array:
+def _change_part(logits: jax.Array, state: SamplerState, drawing: jax.Array, *, axis: MeshAxes | None) -> jax.Array:
     assert state.bias_ids is not None and state.allowed is not None and state.restricted is not None
     first, width = reductions.start(logits, axis), logits.shape[1]
     row = jnp.arange(len(logits))[:, None]
@@ -157,7 +158,7 @@ def _change_part(logits: jax.Array, state: SamplerState, *, axis: MeshAxes | Non
     added = jnp.zeros_like(logits).at[row, columns(state.bias_ids)].add(state.bias, mode="drop")
     added = added.at[row, columns(barred)].set(-jnp.inf, mode="drop")
     logits = jnp.where(added == -jnp.inf, _UNLIKELY, logits + added)
-    logits = jax.lax.cond(jnp.any(_penalised(state)), lambda: _penalize(logits, state), lambda: logits)
+    logits = jax.lax.cond(jnp.any(drawing & _penalised(state)), lambda: _penalize(logits, state), lambda: logits)
     # An allowed token beats every forbidden one, even if its own logit makes it impossible.
     masked = jnp.where(token_mask.columns(state.allowed, first, width), jnp.maximum(logits, _UNLIKELY), -jnp.inf)
     return jnp.where(state.restricted[:, None], masked, logits)
