@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from llama_jax.cli.options import examples, json_option
+from llama_jax.cli.options import examples, in_a_folder, json_option
 from llama_jax.cli.terminal import installing, pairs_text, print_json, printable, size_text
 
 if TYPE_CHECKING:
@@ -29,6 +29,7 @@ _SIGNS = {"ok": "ok     ", "warning": "WARNING", "problem": "PROBLEM"}
 @click.option(
     "--bundle",
     type=click.Path(dir_okay=False, path_type=Path),
+    callback=in_a_folder,
     metavar="FILE.zip",
     help="Also write FILE.zip for a bug report: this report, packages, output of the driver's tools, tuned kernels.",
 )

@@ -348,8 +348,8 @@ The names are those of the fields; the value of an option that was not given is 
 """
 
 
-def _in_a_folder(ctx: click.Context, param: click.Parameter, path: Path | None) -> Path | None:
-    """Refuses a file that could not be written, before anything that takes long."""
+def in_a_folder(ctx: click.Context, param: click.Parameter, path: Path | None) -> Path | None:
+    """Refuses a file that could not be written, before anything that takes long; a callback of options."""
     if path is not None and not path.absolute().parent.is_dir():
         raise click.BadParameter(f"there is no folder {path.absolute().parent}", ctx, param)
     return path
@@ -358,7 +358,7 @@ def _in_a_folder(ctx: click.Context, param: click.Parameter, path: Path | None) 
 receipt_option = click.option(
     "--receipt",
     type=click.Path(path_type=Path, dir_okay=False),
-    callback=_in_a_folder,
+    callback=in_a_folder,
     metavar="FILE",
     help="Record what the run was made of in FILE, for `llama-jax replay`.",
 )
