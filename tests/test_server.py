@@ -144,7 +144,7 @@ def test_default_limits(server: Server) -> None:
 
 def test_stop_string_and_biases(server: Server) -> None:
     whole = server.chat(**GREEDY).json["choices"][0]["message"]["content"]
-    stopped = server.chat(stop=[*"§±×÷", whole[2:4]], **GREEDY).json["choices"][0]
+    stopped = server.chat(stop=[*"§±×", whole[2:4]], **GREEDY).json["choices"][0]
     assert stopped["message"]["content"] == whole[: whole.index(whole[2:4])]
     assert stopped["finish_reason"] == "stop"
     token = server.tokenizer.encode("z")[-1]

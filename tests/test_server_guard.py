@@ -182,7 +182,7 @@ DEEP = "[" * 400 + "]" * 400
         (MESSAGES | {"max_tokens": 200}, "max_tokens"),
         (MESSAGES | {"max_tokens": 1, "max_completion_tokens": 2}, "max_completion_tokens"),
         (MESSAGES | {"stop": ""}, "stop"),
-        (MESSAGES | {"stop": ["a"] * 33}, "stop"),
+        (MESSAGES | {"stop": ["a"] * 5}, "stop"),
         (MESSAGES | {"stop": "x" * 11}, "stop"),
         (MESSAGES | {"stop": [1]}, "stop[0]"),
         (MESSAGES | {"logprobs": 3}, "logprobs"),

@@ -20,7 +20,6 @@ class Limits:
       tools: that a request offers.
       temperature: OpenAI's bound.
       prompts: of one request; n: continuations of each; stops: strings that end a text, of `stop_chars` characters.
-        OpenAI takes four, but tasks of lm-eval have more.
       header_s, body_s: until the headers, and the body, are complete.
       idle_s: between two requests of a connection.
       stalled_s: until a client that does not read is disconnected; reader_rate: bytes per second that it must read of
@@ -38,7 +37,7 @@ class Limits:
     temperature: float = 2.0
     prompts: int = 256
     n: int = 16
-    stops: int = 32
+    stops: int = 4
     stop_chars: int = 1024
     header_s: float = 10.0
     body_s: float = 30.0
