@@ -8,6 +8,7 @@ holds them exactly. The scale of 32 four-bit floats (MXFP4) is a power of two.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
 
@@ -20,6 +21,10 @@ from llama_jax.quantized.layout import OFFSETS, pack_codes
 
 _Block = tuple[np.ndarray, np.ndarray, np.ndarray | None]
 """Of blocks [n]: codes [n, numbers] uint8 (of Q8_0, Q6_K and MXFP4 signed, int8), scales [n, groups], and minima."""
+
+
+EXACT = (2, 3, 8)
+"""Types that are nothing but their layout, so that `blocks` can make them of it: Q4_0, Q4_1 and Q8_0."""
 
 
 def layout_of(kind: int) -> Layout | None:
@@ -44,6 +49,22 @@ def members(raw: np.ndarray, kind: int) -> Mapping[str, np.ndarray]:
     if minima is not None:
         found[OFFSETS["min"]] = minima
     return {name: np.ascontiguousarray(member).reshape(len(raw), -1) for name, member in found.items()}
+
+
+def blocks(members: Mapping[str, np.ndarray], kind: int) -> np.ndarray:
+    """The inverse of `members`, for a type of `EXACT`; leading axes of a stack become rows."""
+    layout = layout_of(kind)
+    assert layout is not None
+    floats = [members[name].reshape(-1, 1) for name in ("scales", *([OFFSETS["min"]] if layout.offset else ()))]
+    if layout.kind == "int4":
+        packed = members[layout.name].reshape(len(floats[0]), -1) ^ 0x88  # which adds 8 to both codes
+        numbers = np.stack([packed & 15, packed >> 4], axis=-1).reshape(len(packed), 2, -1)
+        codes = numbers[:, 0] | numbers[:, 1] << 4
+    else:
+        codes = members[layout.name].reshape(len(floats[0]), -1).view(np.uint8)
+    raw = np.concatenate([*(each.astype("<f2").view(np.uint8) for each in floats), codes], axis=-1)
+    rows = math.prod(members["scales"].shape[:-1])
+    return raw.reshape(rows, -1)
 
 
 def _floats(block: np.ndarray, first: int, count: int) -> np.ndarray:

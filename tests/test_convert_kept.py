@@ -23,7 +23,8 @@ from llama_jax.checkpoint import load_params, open_checkpoint, verify
 from llama_jax.checkpoint.build import load_source
 from llama_jax.checkpoint.source import ModelSource
 from llama_jax.convert import convert
-from llama_jax.convert.gguf_layouts import layout_of, members
+from llama_jax.convert.export.gguf import export_gguf
+from llama_jax.convert.gguf_layouts import EXACT, blocks, layout_of, members
 from llama_jax.convert.opening import open_model, open_source
 from llama_jax.convert.verify import verify_source
 from llama_jax.params import canonical_specs, flatten
@@ -198,13 +199,15 @@ def test_codes_of_gguf_are_the_packages(kind: Kind) -> None:
     normal = np.isfinite(expected) & (np.abs(expected) >= 2.0**-100)
     assert normal.mean() > 0.5
     np.testing.assert_array_equal(found[normal], expected[normal])
+    if kind in EXACT:
+        np.testing.assert_array_equal(blocks(stored, kind), raw)
 
 
 @pytest.mark.usefixtures("without_tokenizer")
 @pytest.mark.parametrize("kind", [Kind.Q4_0, Kind.Q4_1, Kind.Q8_0], ids=lambda kind: kind.name)
 @pytest.mark.parametrize("hf", [WIDE, MIXTURE], ids=["dense", "experts"])
-def test_gguf(kind: Kind, hf: dict[str, object], tmp_path: Path) -> None:
-    """As the gguf package decodes them, rows of rotated heads in our order, stacks of experts among them."""
+def test_gguf(kind: Kind, hf: dict[str, object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the gguf package decodes them, rows of rotated heads in our order, stacks of experts among them; and back."""
     write_gguf(tmp_path / "m.gguf", hf, quantisation=kind)
     with closing(open_source(tmp_path / "m.gguf")) as source:
         plain = decoded(source)
@@ -219,3 +222,9 @@ def test_gguf(kind: Kind, hf: dict[str, object], tmp_path: Path) -> None:
     bits = 8 * gguf.GGML_QUANT_SIZES[kind][1] / 32
     q_proj = [info for n, info in open_checkpoint(path).tensors.items() if n.startswith("layers.0.attn.q_proj")]
     assert 8 * sum(info.nbytes for info in q_proj) == bits * 64 * 64
+    monkeypatch.setattr("llama_jax.convert.export.gguf.tokenizer_metadata", lambda *_: ({}, []))
+    assert export_gguf(path, tmp_path / "back.gguf").dtype == kind.name.lower()
+    before, after = ({t.name: t for t in gguf.GGUFReader(tmp_path / f"{x}.gguf").tensors} for x in ("m", "back"))
+    for n, tensor in before.items():
+        if tensor.tensor_type == kind and "gate_inp" not in n:  # routers are exported in float32
+            assert (after[n].tensor_type, after[n].data.tobytes()) == (kind, tensor.data.tobytes()), n

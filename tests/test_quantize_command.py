@@ -154,19 +154,21 @@ def test_exports_decode(plain: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("weights", "kind"), [("int4_g32_min", "q4_1"), ("int8_g32", "q8_0")])
-def test_gguf_finds_the_codes_again(weights: str, kind: str, tmp_path: Path) -> None:
-    """Decoded in float32, whatever the rest of the checkpoint is in; and so in Hugging Face's folders."""
+def test_gguf_has_the_same_codes(weights: str, kind: str, tmp_path: Path) -> None:
+    """Also those of HQQ, which need not fill the range. In Hugging Face's folders they are decoded in float32."""
     write_hf(tmp_path / "hf", LLAMA | {"hidden_size": 32, "intermediate_size": 64})
     (tmp_path / "hf" / "tokenizer.json").unlink()
-    path = convert(tmp_path / "hf", tmp_path / "q", recipe=recipe(weights, lm_head=weights, embed=weights))
-    export_gguf(path, tmp_path / "m.gguf", kind=kind)
+    path = convert(
+        tmp_path / "hf", tmp_path / "q", recipe=recipe(weights, lm_head=weights, embed=weights, method="hqq")
+    )
+    assert export_gguf(path, tmp_path / "m.gguf").dtype == kind
     export_hf(path, tmp_path / "floats", dtype="float32")
     expected = flatten(load_params(path))
     with closing(open_source(tmp_path / "m.gguf", dequantize=False)) as source:
         schemes, found = dict(source.config.schemes), flatten(load_source(source))
     assert schemes["layers.0.attn.q_proj"] == weights
     for name, leaf in expected.items():
-        if name.startswith("layers.") and schemes.get(name.rpartition(".")[0]) == weights:
+        if schemes.get(name.rpartition(".")[0]) == weights:
             np.testing.assert_array_equal(found[name], leaf, err_msg=name)
     floats, _ = dequantize_params(load_params(path), open_checkpoint(path).config, "float32")
     back = flatten(load_params(convert(tmp_path / "floats", tmp_path / "back")))

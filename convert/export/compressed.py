@@ -25,7 +25,7 @@ from llama_jax.convert.export.staging import staged, start_folder, write_file
 from llama_jax.convert.folders import SINGLE
 from llama_jax.convert.safetensors_writer import SafetensorsWriter, TensorPlan
 from llama_jax.errors import UnsupportedModel
-from llama_jax.params import ParamSpec, canonical_specs, stored_as
+from llama_jax.params import ParamSpec, canonical_specs
 from llama_jax.quantized import Layout, stored_layout
 
 FORMAT = "pack-quantized"
@@ -48,7 +48,8 @@ def export_compressed(
       UnsupportedModel: weights are not quantised, or in a layout that the format cannot hold; or experts are routed.
       ModelNotFound, CheckpointError, StorageError, DoesNotFit: see `export_hf`.
     """
-    source, plain, dst = CheckpointSource(checkpoint), PlainSource(checkpoint), Path(dst).absolute()
+    plain, dst = PlainSource(checkpoint), Path(dst).absolute()
+    source = plain.stored
     layouts = {leaf: stored_layout(name) for leaf, name in source.config.schemes if leaf != "embed"}
     packed = {leaf: layout for leaf, layout in layouts.items() if layout is not None}
     _check(source, packed)
@@ -65,7 +66,7 @@ def export_compressed(
         writer = SafetensorsWriter(partial / SINGLE, tensors, METADATA)
         try:
             for name, spec in specs.items():
-                for tensor, array in _tensors(name, spec, packed.get(spec.leaf), source, plain).items():
+                for tensor, array in _tensors(name, spec, packed.get(spec.leaf), plain).items():
                     writer.write(tensor, np.ascontiguousarray(array))
                     done += array.nbytes
                 if progress:
@@ -157,12 +158,10 @@ def _plans(name: str, spec: ParamSpec, layout: Layout | None, plain: PlainSource
     return found
 
 
-def _tensors(
-    name: str, spec: ParamSpec, layout: Layout | None, source: CheckpointSource, plain: PlainSource
-) -> dict[str, np.ndarray]:
+def _tensors(name: str, spec: ParamSpec, layout: Layout | None, plain: PlainSource) -> dict[str, np.ndarray]:
     if layout is None or spec.path[-1] != "weight":
         return {name: plain.read(spec)}
-    members = {member.path[-1]: source.read(member) for member in stored_as(spec, dict(source.config.schemes))}
+    members = plain.members(spec)
     # Of each signed code the highest bit is turned, which adds half of the range; words take codes in the same order.
     turned = members[layout.name].view(np.uint8) ^ (0x88 if layout.kind == "int4" else 0x80)
     found = {

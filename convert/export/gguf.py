@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
@@ -21,10 +22,13 @@ from llama_jax.convert.export.source import Exported, PlainSource
 from llama_jax.convert.export.staging import staged
 from llama_jax.convert.gguf import pair_rotation, rotated_heads
 from llama_jax.convert.gguf_config import PERMUTED, ROPE_FACTORS
+from llama_jax.convert.gguf_layouts import EXACT, blocks, layout_of
 from llama_jax.errors import RequestError
 from llama_jax.params import ParamSpec
+from llama_jax.quantized import Layout
 
 _DTYPES = {Kind.F32: np.dtype(np.float32), Kind.F16: np.dtype(np.float16), Kind.BF16: BFLOAT16}
+_EXACT: Mapping[Layout | None, Kind] = {layout_of(kind): Kind(kind) for kind in EXACT}
 _STORED = {"float32": "f32", "float16": "f16", "bfloat16": "bf16"}
 GGUF_TYPES: Mapping[str, gguf.LlamaFileType] = MappingProxyType(
     {
@@ -52,9 +56,10 @@ def export_gguf(
     """Writes a checkpoint as a GGUF file, with its tokenizer and chat template.
 
     Matrices are stored in the requested type; norms, biases and routers in float32, which llama.cpp needs; embedding
-    and output projection in q8_0 at least, since four bits do them the most harm. Without a type they keep their dtype,
-    so that no number changes. Tensors pass one by one, so that memory is needed for the
-    largest tensor only. `dst` appears only once it is complete.
+    and output projection in q8_0 at least, since four bits do them the most harm, unless they are stored in four.
+    Weights that are stored in the layout of their type keep their codes and scales. Without a type, no number of the
+    others changes. Tensors pass one by one, so that memory is needed for the largest tensor only. `dst` appears only
+    once it is complete.
 
     Args:
       checkpoint: its folder.
@@ -72,8 +77,8 @@ def export_gguf(
     dst = Path(dst).absolute()
     if dst.suffix != ".gguf":
         raise RequestError(f"{dst.name} does not end in .gguf", param="dst", hint="GGUF export makes a single file")
-    source = PlainSource(checkpoint, "float32")  # in which q4_1 and q8_0 find their own grids again
-    kind = kind or _STORED[source.checkpoint.dtype]
+    source = PlainSource(checkpoint, "float32")  # the input of GGUF's roundings
+    kind = kind or _own(source)
     if kind not in GGUF_TYPES:
         raise RequestError(f"GGUF type {kind!r} is not known", param="kind", hint=f"one of {', '.join(GGUF_TYPES)}")
     config = source.config
@@ -88,12 +93,25 @@ def export_gguf(
             _write(writer, ROPE_FACTORS, factors, Kind.F32, source)
         done, total = 0, source.nbytes
         for spec in source.specs:
-            array = source.read(spec)
-            _write(writer, spec.gguf, _rotated(spec, config, array), plan[spec.gguf].kind, source)
-            done += array.nbytes
+            used = plan[spec.gguf].kind
+            if used in EXACT and source.layout(spec) == layout_of(used):
+                writer.write(_rotated(spec, config, blocks(source.members(spec), used)))
+                writer.end_tensor()
+            else:
+                _write(writer, spec.gguf, _rotated(spec, config, source.read(spec)), used, source)
+            done += spec.size * source.dtype(spec).itemsize
             if progress:
                 progress(done, total, spec.name)
     return Exported(dst, (dst.name,), len(plan), sum(tensor.nbytes for tensor in plan.values()), kind, (*more, *notes))
+
+
+def _own(source: PlainSource) -> str:
+    """The type that most of a checkpoint's weights have."""
+    sizes = Counter[Layout | None]()
+    for spec in source.specs:
+        sizes[source.layout(spec)] += spec.size
+    kind = _EXACT.get(sizes.most_common(1)[0][0])
+    return _STORED[source.checkpoint.dtype] if kind is None else kind.name.lower()
 
 
 def _plan(source: PlainSource, kind: str) -> tuple[dict[str, GgufPlan], list[str]]:
@@ -108,7 +126,7 @@ def _plan(source: PlainSource, kind: str) -> tuple[dict[str, GgufPlan], list[str
         if len(spec.shape) == 1 or spec.name.endswith(".router.weight"):
             used = Kind.F32
         elif "vocab" in spec.axes and wanted not in _DTYPES:
-            used = Kind.Q8_0
+            used = _EXACT.get(source.layout(spec), Kind.Q8_0)
         if spec.shape[-1] % gguf.GGML_QUANT_SIZES[used][0]:
             used, kept = Kind.F16, kept + 1
         plan[spec.gguf] = GgufPlan(used, spec.shape)

@@ -6,12 +6,14 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+
 from llama_jax.checkpoint.checkpoint_source import CheckpointSource
 from llama_jax.checkpoint.format import DAMAGED, Checkpoint, digest
 from llama_jax.convert.quantizing import DequantizedSource
 from llama_jax.errors import CheckpointError, UnsupportedModel
-from llama_jax.params import param_specs
-from llama_jax.quantized import stored_layout
+from llama_jax.params import ParamSpec, param_specs, stored_as
+from llama_jax.quantized import Layout, layout_named, stored_layout
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,7 @@ class PlainSource:
 
     Attributes:
       checkpoint: its metadata.
+      stored: its leaves as they are.
       config: without schemes.
       specs: its leaves, in the order of the forward pass.
       nbytes: of the leaves as they are read.
@@ -51,8 +54,9 @@ class PlainSource:
     """
 
     def __init__(self, path: str | Path, decoded: str | None = None):
-        source = CheckpointSource(path)
+        self.stored = source = CheckpointSource(path)
         self.checkpoint = source.checkpoint
+        self._schemes = dict(source.config.schemes)
         if others := sorted({name for _, name in source.config.schemes if stored_layout(name) is None}):
             raise UnsupportedModel(
                 f"{source.path} stores weights by {', '.join(others)}, which no other format knows",
@@ -62,6 +66,14 @@ class PlainSource:
         self.config, self.specs = plain.config, param_specs(plain.config)
         self.read, self.dtype = plain.read, plain.dtype
         self.nbytes = sum(spec.size * plain.dtype(spec).itemsize for spec in self.specs)
+
+    def layout(self, spec: ParamSpec) -> Layout | None:
+        """The layout that stores a leaf; None of a plain one, and of columns in another order."""
+        return layout_named(self._schemes.get(spec.leaf, "")) if spec.path[-1] == "weight" else None
+
+    def members(self, spec: ParamSpec) -> dict[str, np.ndarray]:
+        """The members of a leaf that a scheme stores, by name."""
+        return {member.path[-1]: self.stored.read(member) for member in stored_as(spec, self._schemes)}
 
 
 def checked_files(checkpoint: Checkpoint, wanted: re.Pattern[str]) -> dict[str, bytes]:

@@ -41,7 +41,7 @@ _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
     "--type",
     "kind",
     metavar="TYPE",
-    help="gguf: f32, f16, bf16, q8_0, q5_1, q5_0, q4_1 or q4_0. [default: the checkpoint's own dtype]",
+    help="gguf: f32, f16, bf16, q8_0, q5_1, q5_0, q4_1 or q4_0. [default: that of most of its weights]",
 )
 @click.option("--overwrite", is_flag=True, help="Replace an earlier export at DST, once the new one is complete.")
 @yes_option
