@@ -36,6 +36,7 @@ PACKAGES = (
     "msgpack",
     "starlette",
     "uvicorn",
+    "h11",
     "msgspec",
     "prometheus-client",
     "httpx2",
