@@ -11,10 +11,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from llama_jax.batch_file.own import _logprob
 from llama_jax.convert.gguf_tokenizer import tokenizer_files
 from llama_jax.engine.core import Drawn
 from llama_jax.generation.answer import Answer
-from llama_jax.generation.outputs import RowText
+from llama_jax.generation.openai_shapes import CompletionLogprobs, chat_logprobs
+from llama_jax.generation.outputs import RowText, TokenLogprob
 from llama_jax.sampling import Logprobs, SamplingParams
 from llama_jax.text.tokenizer import Tokenizer, load_tokenizer
 
@@ -178,3 +180,13 @@ def test_an_end_without_a_token_repeats_none() -> None:
     last = answer.stream_output("", 0)
     assert (last.token, last.logprobs, last.new_logprobs) == (-1, None, ())
     assert (last.finish_reason, last.generation_tokens) == ("error", 1)
+
+
+def test_scores_that_json_lacks(tokenizer: Tokenizer) -> None:
+    """Those of a damaged model."""
+    entry = TokenLogprob(40, float("nan"), {40: float("nan"), 41: float("-inf"), 42: -0.5})
+    assert _logprob(entry) == {"token_id": 40, "logprob": None, "top": {"40": None, "41": None, "42": -0.5}}
+    (of,) = chat_logprobs(tokenizer, [entry], 3)["content"]
+    assert [of["logprob"], *(top["logprob"] for top in of["top_logprobs"])] == [-9999, -9999, -9999, -0.5]
+    found = CompletionLogprobs(tokenizer, 3)([40], [entry])
+    assert [found["token_logprobs"], [*found["top_logprobs"][0].values()]] == [[-9999], [-9999, -9999, -0.5]]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -107,4 +108,10 @@ def _completion(completion: CompletionOutput) -> Record:
 
 
 def _logprob(of: TokenLogprob) -> Record:
-    return {"token_id": of.token_id, "logprob": of.logprob, "top": {str(i): v for i, v in of.top.items()}}
+    top = {str(i): _number(value) for i, value in of.top.items()}
+    return {"token_id": of.token_id, "logprob": _number(of.logprob), "top": top}
+
+
+def _number(x: float) -> float | None:
+    """None for NaN and infinities, which JSON lacks."""
+    return x if math.isfinite(x) else None

@@ -12,7 +12,7 @@ from llama_jax.generation.outputs import TokenLogprob
 from llama_jax.text.tokenizer import Tokenizer
 
 LEAST = -9999.0
-"""Stands for minus infinity, which JSON lacks; as in vLLM."""
+"""Stands for minus infinity and NaN, which JSON lacks, as the first of two arguments of `max`; as in vLLM."""
 
 
 def token_text(tokenizer: Tokenizer, token_id: int) -> str:
@@ -59,7 +59,7 @@ class CompletionLogprobs:
             self._at += len(self._stream.add(token_id)) if token_id < self._tokenizer.vocab_size else 0
         return {
             "tokens": [token_text(self._tokenizer, i) for i in ids],
-            "token_logprobs": [None if of is None else max(of.logprob, LEAST) for of in entries],
+            "token_logprobs": [None if of is None else max(LEAST, of.logprob) for of in entries],
             "top_logprobs": [self._tops(of) for of in entries] if self._most else None,
             "text_offset": offsets,
         }
@@ -67,12 +67,12 @@ class CompletionLogprobs:
     def _tops(self, of: TokenLogprob | None) -> dict[str, float] | None:
         if of is None:
             return None
-        return {token_text(self._tokenizer, i): max(value, LEAST) for i, value in of.top.items()}
+        return {token_text(self._tokenizer, i): max(LEAST, value) for i, value in of.top.items()}
 
 
 def _spelled(tokenizer: Tokenizer, token_id: int, logprob: float) -> dict[str, Any]:
     return {
         "token": token_text(tokenizer, token_id),
-        "logprob": max(logprob, LEAST),
+        "logprob": max(LEAST, logprob),
         "bytes": list(tokenizer.bytes_of(token_id)),
     }
