@@ -260,6 +260,15 @@ def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
+def by_leaf(tree: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """The members of each leaf of a nested tree by dotted name."""
+    found: dict[str, dict[str, Any]] = {}
+    for path, x in flatten(tree).items():
+        name, _, member = path.rpartition(".")
+        found.setdefault(name, {})[member] = x
+    return found
+
+
 def abstract_params(config: LlamaConfig, dtype: Any = None) -> Params:
     """The parameter tree as `jax.ShapeDtypeStruct` leaves; dtype defaults to the config's."""
     dtype = jnp.dtype(dtype or config.dtype)

@@ -28,7 +28,7 @@ from llama_jax.measure import quality
 from llama_jax.model import calibration
 from llama_jax.model.loaded import Model
 from llama_jax.model.quantization import dequantize_params, quantize_params
-from llama_jax.params import flatten
+from llama_jax.params import by_leaf, flatten
 from llama_jax.quantized import Layout, codes, gptq, hqq, layout_named, nearest
 from llama_jax.quantized.awq import output_error
 from llama_jax.quantized.grid import by_group, numbers, spanning
@@ -156,7 +156,7 @@ def test_scaled_inputs_change_nothing() -> None:
     hidden = calibration.embedded(params["embed"], np.asarray(tokens))
     layers = {}
     for i in range(2):
-        leaves = calibration._leaves(params["layers"][str(i)])
+        leaves = by_leaf(params["layers"][str(i)])
         layouts = calibration._layouts(config, i)
         grams = calibration._grams(
             params["layers"][str(i)], config, i, hidden, sorted(set(calibration.INPUTS.values()))

@@ -94,7 +94,7 @@ def export_gguf(
         done, total = 0, source.nbytes
         for spec in source.specs:
             used = plan[spec.gguf].kind
-            if used in EXACT and source.layout(spec) == layout_of(used):
+            if _EXACT.get(source.layout(spec)) == used:
                 writer.write(_rotated(spec, config, blocks(source.members(spec), used)))
                 writer.end_tensor()
             else:

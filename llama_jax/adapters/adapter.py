@@ -12,8 +12,7 @@ import numpy as np
 
 from llama_jax.checkpoint.format import Digest
 from llama_jax.config import LlamaConfig
-from llama_jax.model.adapters import by_leaf
-from llama_jax.params import Params, canonical_specs, flatten
+from llama_jax.params import Params, by_leaf, canonical_specs, flatten
 
 
 @dataclasses.dataclass(frozen=True)

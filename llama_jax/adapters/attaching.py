@@ -13,10 +13,10 @@ import numpy as np
 from llama_jax.adapters.adapter import Adapter
 from llama_jax.config import LlamaConfig
 from llama_jax.errors import RequestError
-from llama_jax.model.adapters import ATTACHED, adapter_axes, by_leaf, check_finite
+from llama_jax.model.adapters import ATTACHED, adapter_axes, check_finite
 from llama_jax.model.fuse import fuse_layer, split_joint, split_layer
 from llama_jax.model.weights import compute_dtype
-from llama_jax.params import JOINT, PROJECTION_AXES, Params, flatten, unflatten
+from llama_jax.params import JOINT, PROJECTION_AXES, Params, by_leaf, flatten, unflatten
 from llama_jax.schemes import PLAIN, scheme_of
 from llama_jax.sharding import Axes, constrain
 

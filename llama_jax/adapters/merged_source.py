@@ -11,8 +11,7 @@ from llama_jax.adapters.adapter import Adapter
 from llama_jax.checkpoint.source import ModelSource, SourceTensor, provenance
 from llama_jax.convert.quantizing import Wrapped
 from llama_jax.errors import RequestError
-from llama_jax.model.adapters import by_leaf
-from llama_jax.params import ParamSpec, canonical_specs, flatten
+from llama_jax.params import ParamSpec, by_leaf, canonical_specs, flatten
 
 
 class MergedSource(Wrapped):

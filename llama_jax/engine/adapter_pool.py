@@ -12,9 +12,9 @@ import numpy as np
 from llama_jax.adapters import About, Adapter
 from llama_jax.adapters.attaching import low_rank_of
 from llama_jax.errors import Overloaded, RequestError, did_you_mean
-from llama_jax.model.adapters import ATTACHED, MORE_MEMBERS, by_leaf, empty_slots, fill_slot, slot_members
+from llama_jax.model.adapters import ATTACHED, MORE_MEMBERS, empty_slots, fill_slot, slot_members
 from llama_jax.model.loaded import Model
-from llama_jax.params import Params, flatten, projection_names, unflatten
+from llama_jax.params import Params, by_leaf, flatten, projection_names, unflatten
 from llama_jax.sharding import on
 
 LEAST_RANK = 16

@@ -29,7 +29,7 @@ from jax.typing import DTypeLike
 
 from llama_jax.config import LlamaConfig
 from llama_jax.errors import RequestError
-from llama_jax.params import PROJECTION_AXES, Params, canonical_specs, flatten, projection_names, unflatten
+from llama_jax.params import PROJECTION_AXES, Params, by_leaf, canonical_specs, flatten, projection_names, unflatten
 from llama_jax.sharding import Axes, constrain
 
 MEMBERS = ("a", "b", "scale")
@@ -305,15 +305,6 @@ def checked(adapters: Params | None, ids: jax.Array | None, config: LlamaConfig,
                 hint=f"give a [slots, rank, {into}], b [slots, rank, {out}], scale [slots], of one number of slots",
             )
     return Adapters(adapters, ids)
-
-
-def by_leaf(tree: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """The members of each leaf of an adapter's tree, or of slots, by dotted name."""
-    found: dict[str, dict[str, Any]] = {}
-    for path, x in flatten(tree).items():
-        name, _, member = path.rpartition(".")
-        found.setdefault(name, {})[member] = x
-    return found
 
 
 def _targeted(config: LlamaConfig, targets: Sequence[str] | None) -> dict[str, tuple[int, int]]:

@@ -18,7 +18,7 @@ from llama_jax.config import LlamaConfig
 from llama_jax.errors import RequestError
 from llama_jax.model.transformer import forward
 from llama_jax.model.weights import lookup
-from llama_jax.params import Params, flatten, unflatten
+from llama_jax.params import Params, by_leaf, unflatten
 from llama_jax.quantized import Layout, layout_named
 from llama_jax.quantized.awq import input_scales, output_error
 from llama_jax.quantized.codes import decode
@@ -136,7 +136,7 @@ def quantised_layer(
       its whole name: the root of the mean square of what its outputs differ by, as a share of that of the outputs.
     """
     layouts = _layouts(config, index)
-    leaves = _leaves(jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), layer))
+    leaves = by_leaf(jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), layer))
     grams = _grams(_tree(leaves), config, index, hidden, sorted({INPUTS[leaf] for leaf in layouts}))
     if method.scales_inputs:
         leaves, grams = _with_scaled_inputs(leaves, layouts, grams, config)
@@ -173,14 +173,6 @@ def _alike(layouts: Mapping[str, Layout]) -> dict[tuple[str, Layout], list[str]]
     return found
 
 
-def _leaves(layer: Params) -> Leaves:
-    found: Leaves = {}
-    for name, array in flatten(layer).items():
-        leaf, _, member = name.rpartition(".")
-        found.setdefault(leaf, {})[member] = array
-    return found
-
-
 def _tree(leaves: Leaves) -> Params:
     return unflatten({f"{leaf}.{member}": x for leaf, members in leaves.items() for member, x in members.items()})
 
@@ -207,7 +199,7 @@ def _runs(
     layer: Params, config: LlamaConfig, index: int, hidden: Hidden, names: tuple[str, ...]
 ) -> Iterator[dict[str, jax.Array]]:
     """Activations of one layer, part by part."""
-    plain = {"layers": {"0": _tree({name: _plain(members) for name, members in _leaves(layer).items()})}}
+    plain = {"layers": {"0": _tree({name: _plain(members) for name, members in by_leaf(layer).items()})}}
     alone = config.replace(layers=(config.layers[index],), schemes=(), tie_word_embeddings=True)
     for part in hidden:
         yield _run(plain, alone, jnp.asarray(part), names)
