@@ -76,11 +76,11 @@ def test_a_mean_is_no_error() -> None:
 def test_codes_are_exact(way: Words, dtype: str, width: int) -> None:
     """All that a byte can be, in eight bits; and in four all bytes in all places of a word, less what is added."""
     stored = np.random.default_rng(0).permuted(np.tile(np.arange(256, dtype=np.uint8), (16, 1)), axis=1)
-    (whole,), added = way.parts(jnp.asarray(stored.view(np.int8)), dtype)
-    assert added == 0
+    (whole,) = way.parts(jnp.asarray(stored.view(np.int8)), dtype)
+    assert way.added("int8", dtype) == 0
     np.testing.assert_array_equal(whole.astype(jnp.int32), stored.view(np.int8))
     words = stored.view(np.int32).reshape(-1, width)
-    parts, added = way.parts(jnp.asarray(words), dtype)
+    parts, added = way.parts(jnp.asarray(words), dtype), way.added(words.dtype, dtype)
     assert parts[0].shape == (len(words), 8 * width // len(parts))
     low_first = np.stack([stored & 15, stored >> 4], axis=-1).reshape(len(words), -1).astype(np.int32)
     codes = np.where(low_first > 7, low_first - 16, low_first)
@@ -106,9 +106,9 @@ def test_what_the_instructions_multiply_and_add(stored: str, kind: Any) -> None:
         np.testing.assert_array_equal(got * kind.unit, values)
 
 
-@pytest.mark.parametrize("rows", [1, 3])
-@pytest.mark.parametrize("layout", ["int8_g64", "int4_g64_min", "int4_g128_zero"])
-def test_by_bytes(layout: str, rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("rows", "fold"), [(1, 1), (1, 4), (3, 1), (3, 2)])
+@pytest.mark.parametrize("layout", ["int8_g64", "int4_g64_min", "int4_g128_zero", "int4_g64_min_f32"])
+def test_by_bytes(layout: str, rows: int, fold: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """The computation of NVIDIA's GPUs, with plain operations in place of their instructions."""
 
     def numbers(codes: jax.Array, field: Field, dtype: jnp.dtype) -> jax.Array:
@@ -117,8 +117,8 @@ def test_by_bytes(layout: str, rows: int, monkeypatch: pytest.MonkeyPatch) -> No
         return (bits * (FLOATS[dtype.name].last * factor) + zero).astype(dtype)
 
     monkeypatch.setattr(unpack, "_numbers", numbers)
-    x, members = example(layout, rows, 40, 640)
-    tiles = Tiles(8, 32, 64, 2, 1, 3)
+    x, members = example(layout, rows, 40, 640 * fold)
+    tiles = Tiles(8, 32, 64, 2, 1, 3, fold)
     found = kernel.product(x, Weight.of(layout_of(layout), members), tiles, jnp.float32, NVIDIA, interpret=True)
     assert error(found, exact(x, members, layout)) < 1e-4
 

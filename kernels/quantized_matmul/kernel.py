@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -15,7 +16,9 @@ from jax.typing import DTypeLike
 
 from llama_jax.errors import KernelError
 from llama_jax.kernels.pallas import dot, launch, load_tile, next_power_of_2
+from llama_jax.kernels.quantized_matmul.groups import Groups
 from llama_jax.kernels.quantized_matmul.operands import SQUARED, Weight
+from llama_jax.kernels.quantized_matmul.shifts import RowShifts, Shifts, shifts_of
 from llama_jax.kernels.quantized_matmul.tiles import TOGETHER_BELOW, Tiles
 from llama_jax.kernels.quantized_matmul.unpack import Unpack
 
@@ -57,8 +60,8 @@ def fused_product(
     [rows, out / SQUARED], sums of its squares.
 
     A step of the loop reads `tiles.inner` bytes of each row of the weight. Scales of groups multiply partial sums, in
-    float32, and offsets the sums of the input. Both are loaded a step ahead: matrix units do not take them, so the
-    compiler would wait for them in every step.
+    float32. They are loaded a step ahead: matrix units do not take them, so the compiler would wait for them in every
+    step. Offsets multiply the sums of the input, after the loop (`shifts`) or like scales.
 
     A step is split into pieces no longer than a group, each with its own product. Where groups are small,
     a single row has the rows of the tile to itself: each holds the numbers of one group and zeros elsewhere, so that
@@ -82,7 +85,10 @@ def fused_product(
     codes, inputs = unpack.stored(weight.codes, x)
     # Bytes, and numbers of the input, that one number of these arrays holds; arrays of the input.
     word, pair, arrays = row_bytes // codes.shape[1], x.shape[1] // inputs.shape[1], len(inputs) // rows
-    unit = unpack.unit(x.dtype)
+    unit, added = unpack.unit(x.dtype), unpack.added(codes.dtype, x.dtype)
+    # What products with the numbers of codes lack is added after the loop, or in it by products with ones.
+    shifted, alone = bool(offset or added), rows == fold
+    shifts = shifts_of(weight, x, fold, added, several=unpack.sums_apart) if shifted else None
     spread = rows == 1 and group is not None and group < TOGETHER_BELOW
     piece = min(tiles.inner, group // per_byte if group and not spread else tiles.inner) // word
     pieces, span = tiles.inner // word // piece, piece * word * per_byte // pair
@@ -92,6 +98,10 @@ def fused_product(
             f"tiles of {tiles.inner} bytes have more than {window} groups of {group}",
             hint="make inner smaller, or leave the tiles to default_tiles",
         )
+    scales, offsets, read = weight.scales, None if shifts else weight.offsets, []
+    if group and not spread:
+        read = [Groups.of(array, pieces) for array in (scales, offsets) if array is not None]
+        scales, offsets = (*(way.array for way in read), None)[:2]
     steps = -(-row_bytes // tiles.inner)
     share = -(-steps // tiles.splits)
     ragged = row_bytes % tiles.inner > 0
@@ -101,6 +111,7 @@ def fused_product(
         codes_ref: Any,
         scales_ref: Any,
         offsets_ref: Any,
+        shift_refs: Any,
         squares_ref: Any,
         residual_ref: Any,
         gain_ref: Any,
@@ -144,8 +155,8 @@ def fused_product(
             """Scales, and offsets if there are any, that step i needs: [cols] of each piece, or those of all groups in
             the tile, [cols, window]: where these are `known`, those of the step before, nothing is read."""
             if not spread:
-                at = [jnp.minimum(first_group(i) + k, x.shape[1] // (group or 1) - 1) for k in range(pieces)]
-                return [plgpu.load(ref.at[near_column, one]) for ref in grouped for one in at]
+                ways = zip(grouped, read, strict=True)
+                return [one for ref, way in ways for one in way.load(ref, near_column, first_group(i), pieces)]
             first = first_group(i) // window * window
             along = (first + jnp.arange(window, dtype=jnp.int32))[None, :]
             found = []
@@ -157,19 +168,26 @@ def fused_product(
                 found.append(plgpu.load(ref.at[near_column[:, None], along], mask=mask, other=other))
             return found
 
+        def of_piece(now: list[jax.Array], k: int) -> list[jax.Array]:
+            """The scale and the offset of a step's k-th piece."""
+            if spread:
+                return now
+            starts = itertools.accumulate((way.vectors(pieces) for way in read), initial=0)
+            return [way.group(now[start:], k) for start, way in zip(starts, read, strict=False)]
+
         def step(i: jax.Array, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
             total, *now = carry
             ahead = of_groups(i + 1, now)
             words = [load_codes((i * pieces + k) * piece) for k in range(pieces)]
             numbers = [load_x((i * pieces + k) * span) for k in range(pieces)]
             for k in range(pieces):
-                parts, added = unpack.parts(words[k], x.dtype)
+                parts = unpack.parts(words[k], x.dtype)
                 factors = unpack.factors(len(parts), numbers[k], x.dtype)
                 part = _products(parts, factors)
-                values = [each.astype(jnp.float32).reshape(tiles.cols, -1) for each in now[k::pieces]]
+                values = [each.astype(jnp.float32).reshape(tiles.cols, -1) for each in of_piece(now, k)]
                 scale = values[0] if values else 1.0
                 total += part * (scale * unit) if values else part
-                if offset or added:
+                if shifted and not shifts:
                     sums = _products([jnp.ones_like(parts[0])] * len(parts), factors)
                     more = weight.shift(values[0], values[1]) if offset else 0.0
                     total += (more - added * scale) * sums
@@ -184,7 +202,6 @@ def fused_product(
         if out % width or few is not None:
             real = (column < columns)[:, None]
             real = real if few is None else real & few[None, :]
-        alone = rows == fold
 
         def at(ref: Any) -> Any:
             return ref.at[out_row[None, :], column[:, None]]
@@ -210,10 +227,15 @@ def fused_product(
         total, *_ = jax.lax.fori_loop(start, stop, step, carry)
         if group is None and scales_ref is not None:
             total = total * (plgpu.load(scales_ref.at[near_column // fold]).astype(jnp.float32) * unit)[:, None]
+        numbers = [step * tiles.inner * per_byte for step in (start, stop)]
+        if isinstance(shifts, Shifts):
+            total += shifts.of(shift_refs, near_column, jnp.minimum(row, rows - 1), *numbers)
         if fold > 1:
             total = _unfolded(total, place, row, fold)
         if spread:
             total = jnp.sum(total, axis=1)[:, None]
+        if isinstance(shifts, RowShifts):
+            total += shifts.of(shift_refs, near_column, *numbers)
         if squares_ref is not None:
             squares = read_squares() if squares is None else squares
             total *= jax.lax.rsqrt(jnp.sum(squares, axis=1) * (1 / size) + around.eps)[None, :]
@@ -242,7 +264,7 @@ def fused_product(
     adds = around.residual is not None
     parts, *others = launch(
         quantized_matmul,
-        *(inputs, codes, weight.scales, weight.offsets, around.squares, around.residual, around.gain),
+        *(inputs, codes, scales, offsets, shifts and shifts.arrays, around.squares, around.residual, around.gain),
         grid=(-(-out // width), -(-rows // tiles.rows), tiles.splits),
         out=(
             jax.ShapeDtypeStruct((tiles.splits, *flat), dtype if tiles.splits == 1 else jnp.float32),

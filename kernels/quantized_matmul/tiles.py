@@ -76,8 +76,8 @@ def default_tiles(target: Target, *, rows: int, out: int, row_bytes: int, layout
         cols, inner, num_warps, stages = (64, 128, 2, 3) if tile < MOST_TILE_ROWS else (128, 64, 4, 3)
         if few and layout.bits == 8 and (tile == COLUMNS or layout.group):
             cols, num_warps, stages = 128, 4, 4
-        elif tile < COLUMNS and layout.bits == 4 and together == group_bytes:
-            cols, num_warps = 32, 2 if group_bytes >= inner // 2 else 1
+        elif tile < COLUMNS and layout.bits == 4 and rows > 1:
+            cols = 32
         inner, waves = min(inner, max(together, 4 * group_bytes)), WAVES_A_UNIT_NVIDIA
     else:
         # The fewer waves share the columns, the fewer rearrange the input. Of many rows, sums fill the registers.

@@ -32,6 +32,10 @@ WORD_BYTES = 4
 class Unpack(Protocol):
     """A target's way to unpack."""
 
+    @property
+    def sums_apart(self) -> bool:
+        """Whether the sums of several rows' inputs are worth a launch of their own (`shifts.Shifts`)."""
+
     def stored(self, codes: jax.Array, x: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Codes [out, bytes] and the input [rows, in] as the kernel reads them: the same memory, or arrays of the input
         one below the other, [arrays * rows, ...]."""
@@ -39,13 +43,12 @@ class Unpack(Protocol):
     def unit(self, dtype: DTypeLike) -> int:
         """The factor on the numbers of `parts`."""
 
-    def parts(self, codes: jax.Array, dtype: DTypeLike) -> tuple[list[jax.Array], int]:
-        """Codes of a tile [cols, n] of what is stored, as numbers of the dtype.
+    def added(self, codes: DTypeLike, dtype: DTypeLike) -> int:
+        """By how much numbers of `parts`, times `unit`, exceed the codes. Args: the dtypes of both."""
 
-        Returns:
-          n parts [cols, codes / n], of codes 0, n, 2n ..., of codes 1, n + 1, ...; and what numbers, times `unit`,
-          are more than the codes.
-        """
+    def parts(self, codes: jax.Array, dtype: DTypeLike) -> list[jax.Array]:
+        """Codes of a tile [cols, n] of what is stored, as numbers of the dtype: n parts [cols, codes / n], of codes 0,
+        n, 2n ..., of codes 1, n + 1, ..."""
 
     def factors(self, parts: int, x: list[jax.Array], dtype: DTypeLike) -> list[jax.Array]:
         """The numbers that as many parts are multiplied with, of a tile of each of the input's arrays."""
@@ -57,9 +60,11 @@ class Words:
 
     Attributes:
       whole: takes codes int8, or numbers, [cols, codes] and a 16-bit dtype: the codes in it.
+      sums_apart: a launch takes longer on AMD's GPUs than the products with ones.
     """
 
     whole: Callable[[jax.Array, DTypeLike], jax.Array]
+    sums_apart: bool = False
 
     def stored(self, codes: jax.Array, x: jax.Array) -> tuple[jax.Array, jax.Array]:
         if codes.dtype != jnp.uint8:
@@ -69,16 +74,19 @@ class Words:
     def unit(self, dtype: DTypeLike) -> int:
         return 1
 
-    def parts(self, codes: jax.Array, dtype: DTypeLike) -> tuple[list[jax.Array], int]:
+    def added(self, codes: DTypeLike, dtype: DTypeLike) -> int:
+        return _LARGE[jnp.dtype(dtype).name][1] if codes == WORD else 0
+
+    def parts(self, codes: jax.Array, dtype: DTypeLike) -> list[jax.Array]:
         if codes.dtype != WORD:
-            return [self.whole(codes, dtype)], 0
-        large, added = _LARGE[jnp.dtype(dtype).name]
+            return [self.whole(codes, dtype)]
+        large, _ = _LARGE[jnp.dtype(dtype).name]
         shifted = [jax.lax.shift_right_logical(codes, jnp.full_like(codes, place)) for place in (0, 4, 8, 12)]
         parts = [_pairs(words & _MASK ^ large, dtype) for words in shifted]
         while parts[0].shape[1] < MIN_CONTRACTION:
             half = len(parts) // 2
             parts = [_interleaved(*pair) for pair in zip(parts[:half], parts[half:], strict=True)]
-        return parts, added
+        return parts
 
     def factors(self, parts: int, x: list[jax.Array], dtype: DTypeLike) -> list[jax.Array]:
         return every(parts, *x)
@@ -102,7 +110,7 @@ def _interleaved(first: jax.Array, second: jax.Array) -> jax.Array:
     return jnp.stack([first, second], axis=-1).reshape(len(first), -1)
 
 
-def _halves(words: jax.Array) -> list[jax.Array]:
+def halves(words: jax.Array) -> list[jax.Array]:
     """The lower and the upper halves of int32 words, int16."""
     upper = jax.lax.shift_right_logical(words, jnp.full_like(words, 16))
     return [words.astype(jnp.int16), upper.astype(jnp.int16)]
@@ -111,7 +119,7 @@ def _halves(words: jax.Array) -> list[jax.Array]:
 def _pairs(words: jax.Array, dtype: DTypeLike) -> jax.Array:
     """int32 [cols, words] -> [cols, 2 * words], their lower and upper halves: no instruction where both stay in one
     register."""
-    return jax.lax.bitcast_convert_type(_interleaved(*_halves(words)), dtype)
+    return jax.lax.bitcast_convert_type(_interleaved(*halves(words)), dtype)
 
 
 PAIRED_ROWS = 32
@@ -121,6 +129,8 @@ PAIRED_ROWS = 32
 class Bytes:
     """Codes by bytes, four at a time. Each half of a byte has its own numbers of the input, which is read by pairs of
     them; of more than `PAIRED_ROWS` rows, the even and the odd numbers are copied apart first."""
+
+    sums_apart: bool = True
 
     def stored(self, codes: jax.Array, x: jax.Array) -> tuple[jax.Array, jax.Array]:
         if codes.dtype == jnp.int8:
@@ -133,11 +143,14 @@ class Bytes:
     def unit(self, dtype: DTypeLike) -> int:
         return FLOATS[jnp.dtype(dtype).name].unit
 
-    def parts(self, codes: jax.Array, dtype: DTypeLike) -> tuple[list[jax.Array], int]:
-        return [_numbers(codes, field, jnp.dtype(dtype)) for field in FIELDS[codes.dtype.name]], 0
+    def added(self, codes: DTypeLike, dtype: DTypeLike) -> int:
+        return 0
+
+    def parts(self, codes: jax.Array, dtype: DTypeLike) -> list[jax.Array]:
+        return [_numbers(codes, field, jnp.dtype(dtype)) for field in FIELDS[codes.dtype.name]]
 
     def factors(self, parts: int, x: list[jax.Array], dtype: DTypeLike) -> list[jax.Array]:
-        return x if parts == len(x) else [jax.lax.bitcast_convert_type(half, dtype) for half in _halves(*x)]
+        return x if parts == len(x) else [jax.lax.bitcast_convert_type(half, dtype) for half in halves(*x)]
 
 
 class Field(NamedTuple):

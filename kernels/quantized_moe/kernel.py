@@ -82,6 +82,7 @@ def grouped_product(
     if per_byte > 1:
         words = [one.reshape(len(one), -1, WORD_BYTES) for one in codes]
         codes, unit = [jax.lax.bitcast_convert_type(one, WORD) for one in words], WORD_BYTES  # no copy
+    more = unpack.added(codes[0].dtype, x.dtype)
     arrays = [(one, weight.scales, weight.offsets) for one, weight in zip(codes, weights, strict=True)]
 
     def kernel(order: Any, expert: Any, start: Any, end: Any, x_ref: Any, scale_ref: Any, refs: Any, out: Any) -> None:
@@ -106,7 +107,7 @@ def grouped_product(
                     at = (i * pieces + k) * (piece // unit) + jnp.arange(piece // unit, dtype=jnp.int32)
                     along = (i * pieces + k) * span + jnp.arange(span, dtype=jnp.int32)
                     numbers = plgpu.load(x_ref.at[source[:, None], along[None, :]])
-                    parts, more = unpack.parts(plgpu.load(codes_ref.at[line[:, None], at[None, :]]), x.dtype)
+                    parts = unpack.parts(plgpu.load(codes_ref.at[line[:, None], at[None, :]]), x.dtype)
                     factors = every(len(parts), numbers)
                     part = _products(parts, factors)
                     if not group:
