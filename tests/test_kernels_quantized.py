@@ -20,6 +20,7 @@ from llama_jax.kernels.quantized_matmul.cases import product_cases, product_mode
 from llama_jax.kernels.quantized_matmul.decoding import decoded
 from llama_jax.kernels.quantized_matmul.operands import Weight
 from llama_jax.kernels.quantized_matmul.shapes import MEASURED, SHAPES, ProductShape, layout_of
+from llama_jax.kernels.quantized_matmul.shifts import Shifts, shifts_of
 from llama_jax.kernels.quantized_matmul.tiles import CHUNK, Tiles, candidates, default_tiles, matrix_rows
 from llama_jax.kernels.quantized_matmul.unpack import AMD, ANYWHERE, FIELDS, FLOATS, NVIDIA, Field, Words
 from llama_jax.model.fuse import fuse_params
@@ -121,6 +122,23 @@ def test_by_bytes(layout: str, rows: int, fold: int, monkeypatch: pytest.MonkeyP
     tiles = Tiles(8, 32, 64, 2, 1, 3, fold)
     found = kernel.product(x, Weight.of(layout_of(layout), members), tiles, jnp.float32, NVIDIA, interpret=True)
     assert error(found, exact(x, members, layout)) < 1e-4
+
+
+def test_sums_keep_their_precision_where_xla_may_keep_more() -> None:
+    """The two halves of each sum add up to it, and no compiler may take the rounding of the first for excess."""
+    x, members = example("int4_g64_min", 5, 16, 640)
+    weight = Weight.of(layout_of("int4_g64_min"), members)
+
+    @jax.jit
+    def halves(x: jax.Array) -> jax.Array:
+        shifts = shifts_of(weight, x, 1, 0, several=True)
+        assert isinstance(shifts, Shifts)
+        return shifts.sums
+
+    assert "reduce_precision" in str(jax.make_jaxpr(halves)(x))
+    found = np.asarray(halves(x).astype(jnp.float32), np.float64).sum(axis=0)
+    sums = np.asarray(x.astype(jnp.float32), np.float64).reshape(5, -1, 64).sum(axis=-1)
+    np.testing.assert_allclose(found, sums, rtol=0, atol=2e-5 * np.abs(sums).max())
 
 
 @pytest.mark.parametrize(("rows", "fold"), [(1, 8), (3, 2)])

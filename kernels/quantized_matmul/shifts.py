@@ -115,7 +115,9 @@ def shifts_of(weight: Weight, x: jax.Array, fold: int, added: int, *, several: b
     if not several:
         return None
     sums = jnp.sum(x.reshape(len(x), -1, group).astype(jnp.float32), axis=-1)
-    return Shifts(weight, jnp.stack(_halves(sums)))
+    # Not by converting there and back, as in the kernel: XLA may keep the excess precision, and the rest would be 0.
+    upper = jax.lax.reduce_precision(sums, exponent_bits=8, mantissa_bits=7)
+    return Shifts(weight, jnp.stack([upper, sums - upper]).astype(jnp.bfloat16))
 
 
 def _halves(x: jax.Array) -> list[jax.Array]:
