@@ -38,15 +38,15 @@ class Groups(NamedTuple):
         return cls(array, pair, array.dtype)
 
     def vectors(self, groups: int) -> int:
-        """Loads that so many groups take."""
+        """The number of loads that `groups` groups take."""
         return groups // self.pair
 
     def load(self, ref: Any, row: jax.Array, first: jax.Array, groups: int) -> list[jax.Array]:
-        """Those of neighbouring groups, of rows [n]; of the last group where there are no more."""
+        """Numbers of `groups` neighbours from `first`, for rows [n]; past the end, of the last group."""
         start, last = first // self.pair if self.pair > 1 else first, self.array.shape[1] - 1
         return [plgpu.load(ref.at[row, jnp.minimum(start + k, last)]) for k in range(self.vectors(groups))]
 
     def group(self, loaded: list[jax.Array], k: int) -> jax.Array:
-        """The k-th of what was loaded: [n]."""
+        """The k-th group of what was loaded: [n]."""
         number = loaded[k // self.pair]
         return number if self.pair == 1 else jax.lax.bitcast_convert_type(halves(number)[k % self.pair], self.dtype)

@@ -24,7 +24,7 @@ GROUPS = 32
 
 
 class RowShifts(NamedTuple):
-    """Those of a single row, whose sums each program computes.
+    """The shifts for a single row of the input, whose sums each program computes.
 
     Attributes:
       weight: with rows that may be folded.
@@ -38,7 +38,7 @@ class RowShifts(NamedTuple):
 
     @property
     def arrays(self) -> tuple[jax.Array | None, ...]:
-        """What the kernel reads."""
+        """Arrays that the kernel reads."""
         return self.x, self.weight.scales, self.weight.offsets
 
     def of(self, refs: Any, row: jax.Array, first: jax.Array, last: jax.Array) -> jax.Array:
@@ -63,7 +63,7 @@ class RowShifts(NamedTuple):
 
 
 class Shifts(NamedTuple):
-    """Those of several rows, whose sums XLA computes.
+    """The shifts for several rows of the input, whose sums XLA computes.
 
     Attributes:
       weight: as above.
@@ -75,7 +75,7 @@ class Shifts(NamedTuple):
 
     @property
     def arrays(self) -> tuple[jax.Array | None, ...]:
-        """What the kernel reads."""
+        """Arrays that the kernel reads."""
         return self.sums, self.weight.scales, self.weight.offsets
 
     def of(self, refs: Any, row: jax.Array, inputs: jax.Array, first: jax.Array, last: jax.Array) -> jax.Array:
