@@ -942,7 +942,28 @@ QUANTISED: tuple[Mutation, ...] = (
         "kernels/quantized_matmul/kernel.py",
         "(more - added * scale) * sums",
         "(0 - added * scale) * sums",
+        ("tests/test_kernels_quantized.py::test_against_float64[int4_g128_zero-5]",),
+    ),
+    Mutation(
+        "a single row's shifts of the first groups left out",
+        "kernels/quantized_matmul/shifts.py",
+        "(at >= first) & (at < last))[None, :], jnp.sum",
+        "(at > first) & (at < last))[None, :], jnp.sum",
         ("tests/test_kernels_quantized.py::test_against_float64[int4_g128_zero-1]",),
+    ),
+    Mutation(
+        "the second halves of several rows' sums left out",
+        "kernels/quantized_matmul/shifts.py",
+        "pairs = ((0, 0), (0, 1), (1, 0))",
+        "pairs = ((0, 0), (1, 0))",
+        ("tests/test_kernels_quantized.py::test_by_bytes[int4_g64_min-3-1]",),
+    ),
+    Mutation(
+        "the wrong one of two scales in a word",
+        "kernels/quantized_matmul/groups.py",
+        "[k % self.pair]",
+        "[0]",
+        ("tests/test_kernels_quantized.py::test_by_bytes[int4_g64_min-3-1]",),
     ),
     Mutation(
         "a kernel's scales of the group by bytes, not by codes",
