@@ -50,12 +50,12 @@ class RowShifts(NamedTuple):
 
         def some(i: jax.Array, total: jax.Array) -> jax.Array:
             at = i * width + jnp.arange(width, dtype=jnp.int32)
-            some = None if groups % width == 0 else at < groups
+            real = None if groups % width == 0 else at < groups
             where = _axis(fold, 0), at[None, :, None], _axis(group, 2)
-            mask = None if some is None else jnp.broadcast_to(some[None, :, None], (fold, width, group))
-            numbers = plgpu.load(x_ref.at[where], mask=mask, other=None if some is None else 0)
+            mask = None if real is None else jnp.broadcast_to(real[None, :, None], (fold, width, group))
+            numbers = plgpu.load(x_ref.at[where], mask=mask, other=None if real is None else 0)
             sums = jnp.where(((at >= first) & (at < last))[None, :], jnp.sum(numbers.astype(jnp.float32), axis=2), 0.0)
-            products = _shift(self.weight, others, row, at, some, self.added).reshape(-1, fold, width) * sums[None]
+            products = _shift(self.weight, others, row, at, real, self.added).reshape(-1, fold, width) * sums[None]
             return total + jnp.sum(jnp.sum(products, axis=2), axis=1)
 
         zero = jnp.zeros(len(row) // fold, jnp.float32)
@@ -88,10 +88,10 @@ class Shifts(NamedTuple):
         def some(i: jax.Array, total: jax.Array) -> jax.Array:
             at = i * GROUPS + jnp.arange(GROUPS, dtype=jnp.int32)
             inside = (at >= first) & (at < jnp.minimum(last, groups))
-            some = None if groups % GROUPS == 0 else at < groups
+            real = None if groups % GROUPS == 0 else at < groups
             where = inputs[:, None], at[None, :]
             sums = [plgpu.load(sums_ref.at[n, *where], mask=inside[None, :], other=0.0) for n in range(2)]
-            shifts = _halves(_shift(self.weight, others, row, at, some, 0))
+            shifts = _halves(_shift(self.weight, others, row, at, real, 0))
             pairs = ((0, 0), (0, 1), (1, 0))
             return total + sum(dot(shifts[m], sums[n], transpose_b=True) for m, n in pairs)
 
