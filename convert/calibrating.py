@@ -16,6 +16,7 @@ from llama_jax.params import Params, ParamSpec, canonical_specs, flatten, param_
 from llama_jax.quantized.methods import METHODS
 from llama_jax.recipe import Recipe, schemes
 from llama_jax.schemes import PLAIN
+from llama_jax.sharding import ONE_DEVICE, RowSplit
 from llama_jax.text.tokenizer import tokenizer_from_files
 
 WINDOW, WINDOWS = 512, 64
@@ -55,6 +56,7 @@ class CalibratedSource(Wrapped):
       recipe: what becomes of which leaf, and the method.
       tokens: int32 [rows, length], of the text.
       dtype: in which leaves that are not quantised are stored, so that the layers behind see them so.
+      devices: those that share the rows of the text, and of each weight.
 
     Attributes:
       errors: of the leaves of the layers quantised so far, the root of the mean square by which their outputs differ,
@@ -64,14 +66,21 @@ class CalibratedSource(Wrapped):
       RequestError: see `recipe.schemes` and `model.calibration.check_calibration`.
     """
 
-    def __init__(self, source: ModelSource, recipe: Recipe, tokens: np.ndarray, dtype: np.dtype):
+    def __init__(
+        self,
+        source: ModelSource,
+        recipe: Recipe,
+        tokens: np.ndarray,
+        dtype: np.dtype,
+        devices: RowSplit = ONE_DEVICE,
+    ):
         super().__init__(source)
         self.config = source.config.replace(schemes=schemes(source.config, recipe))
         self._method = METHODS[recipe.method]
         check_calibration(self.config, tokens)
-        self._tokens, self._dtype = tokens, dtype
+        self._tokens, self._dtype, self._devices = tokens, dtype, devices
         ends = tuple(pair for pair in self.config.schemes if not pair[0].startswith("layers."))
-        self._ends = QuantizedSource(source, ends)
+        self._ends = QuantizedSource(source, ends, devices=devices)
         self.errors = self._ends.errors
         self._written: Written = lambda name: None
         self._one = threading.Lock()
@@ -108,10 +117,10 @@ class CalibratedSource(Wrapped):
             raise ValueError(f"layer {index} was asked for behind layer {self._index}")
         if not self._layer:
             embed = {s.path[-1]: self._end(s) for s in param_specs(self.config) if s.leaf == "embed"}
-            self._hidden = embedded(embed, self._tokens)
+            self._hidden = embedded(embed, self._tokens, self._devices)
             self._layer = self._made()
         while self._index < index:
-            self._hidden = advanced(self._tree(), self.config, self._index, self._hidden)
+            self._hidden = advanced(self._tree(), self.config, self._index, self._hidden, self._devices)
             self._index += 1
             self._layer = self._made()
 
@@ -124,7 +133,7 @@ class CalibratedSource(Wrapped):
             return {name: array for name, array in found.items() if array is not None}
         plain = [spec for spec in canonical_specs(self.config) if spec.name.startswith(prefix)]
         layer = unflatten({spec.name.removeprefix(prefix): self._inner.read(spec) for spec in plain})
-        made, errors = quantised_layer(layer, self.config, self._index, self._hidden, self._method)
+        made, errors = quantised_layer(layer, self.config, self._index, self._hidden, self._method, self._devices)
         self.errors.update(errors)
         arrays = {f"{prefix}{name}": np.asarray(array) for name, array in flatten(made).items()}
         return {s.name: arrays[s.name] if s.scheme != PLAIN.name else self._cast(s.name, arrays[s.name]) for s in specs}

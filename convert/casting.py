@@ -27,17 +27,18 @@ def storage_dtype(name: str) -> np.dtype:
 _BLOCK_BYTES = 32 << 20
 
 
-def row_blocks(array: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
+def row_blocks(array: np.ndarray, ways: int = 1) -> Iterator[tuple[int, np.ndarray]]:
     """Splits a tensor, so that results derived from it are in memory only block by block.
 
     Args:
       array: [..., columns], C-contiguous.
+      ways: number of devices that share a block.
 
     Yields:
-      Number of the block's first row, and the block, [rows, columns], of 32 MiB at most (or one row).
+      Number of the block's first row, and the block, [rows, columns], of 32 MiB (or one row) for each device at most.
     """
     rows = array.reshape(-1, array.shape[-1])
-    step = max(1, _BLOCK_BYTES // max(1, rows.itemsize * rows.shape[1]))
+    step = ways * max(1, _BLOCK_BYTES // max(1, rows.itemsize * rows.shape[1]))
     for first in range(0, len(rows), step):
         yield first, rows[first : first + step]
 

@@ -19,6 +19,7 @@ from llama_jax.quantized import layout_named
 from llama_jax.quantized.methods import encoder
 from llama_jax.recipe import NEAREST
 from llama_jax.schemes import PLAIN, scheme_named
+from llama_jax.sharding import ONE_DEVICE, RowSplit
 
 
 class Wrapped:
@@ -49,24 +50,31 @@ class Wrapped:
 class QuantizedSource(Wrapped):
     """A source with its weights quantised by a method that needs no data; see `checkpoint.source.ModelSource`.
 
-    A leaf is encoded by blocks of its rows on jax's default device, so that the largest leaf bounds the memory that it
-    takes, in whatever way it is stored.
+    A leaf is encoded by blocks of its rows, so that the largest leaf bounds the memory that this takes, in whatever way
+    it is stored.
 
     Args:
       source: with plain weights.
       schemes: pairs of a leaf and the layout that it gets, as `recipe.schemes` gives them.
       method: a key of `quantized.methods.METHODS`.
+      devices: those that share the rows of a block; the result is the same on any number of them.
 
     Attributes:
       errors: of the leaves read so far, the root of the mean square of (weight - original), over that of the original.
     """
 
-    def __init__(self, source: ModelSource, schemes: tuple[tuple[str, str], ...], method: str = NEAREST):
+    def __init__(
+        self,
+        source: ModelSource,
+        schemes: tuple[tuple[str, str], ...],
+        method: str = NEAREST,
+        devices: RowSplit = ONE_DEVICE,
+    ):
         super().__init__(source)
         self.config = source.config.replace(schemes=schemes)
         self.errors: dict[str, float] = {}
         self._schemes = dict(self.config.schemes)
-        self._method = method
+        self._method, self._devices = method, devices
         self._members = Members(self._encoded)
         self._one = threading.Lock()
 
@@ -96,11 +104,12 @@ class QuantizedSource(Wrapped):
             for name, member in scheme.members.items()
         }
         wrong = size = 0.0
-        for first, rows in row_blocks(weight):
-            members = encode(jnp.asarray(rows))
+        for first, rows in row_blocks(weight, self._devices.ways):
+            block = self._devices.split(rows)
+            members = {name: member[: len(rows)] for name, member in encode(block).items()}
             for name, member in members.items():
                 found[name][first : first + len(rows)] = np.asarray(member)
-            block_wrong, block_size = _squares(jnp.asarray(rows), scheme.decode(members, jnp.float32))
+            block_wrong, block_size = _squares(block[: len(rows)], scheme.decode(members, jnp.float32))
             wrong, size = wrong + float(block_wrong), size + float(block_size)
         self.errors[leaf] = (wrong / size) ** 0.5 if size else 0.0
         return {name: x.reshape(scheme.members[name].shape(spec.shape)) for name, x in found.items()}

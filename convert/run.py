@@ -14,7 +14,7 @@ from llama_jax.convert.announce import announce
 from llama_jax.convert.casting import storage_dtype
 from llama_jax.convert.opening import open_model, open_source
 from llama_jax.convert.weight_file import closed_on_error
-from llama_jax.errors import CheckpointError
+from llama_jax.errors import CheckpointError, RequestError
 
 if TYPE_CHECKING:
     import numpy as np
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from llama_jax.convert.leaves import Leaf
     from llama_jax.params import ParamSpec
     from llama_jax.recipe import Recipe
+    from llama_jax.sharding import DeviceMesh
 
 
 def convert(
@@ -35,6 +36,7 @@ def convert(
     dequantize: bool = False,
     recipe: Recipe | None = None,
     calibration: str | None = None,
+    mesh: DeviceMesh | None = None,
     overwrite: bool = False,
     allow_nonfinite: bool = False,
     warn_larger: bool = True,
@@ -62,6 +64,8 @@ def convert(
         `llama_jax.quantized` can hold it.
       recipe: quantises weights (and requantises those of a quantised source).
       calibration: a text, for a recipe whose method needs one.
+      mesh: devices of this process that quantise, by default one. They share the rows of each weight and of the
+        calibration text, whatever the mesh's axes. Without calibration the result is the same on any number of them.
       overwrite: whether a checkpoint at `dst` may be replaced; it stays until the new one is complete.
       allow_nonfinite: whether to accept NaN, infinite and subnormal weights, and zeros in most of the matrices.
       warn_larger: whether to tell `notify` if the checkpoint will be more than twice as large as the source.
@@ -81,7 +85,8 @@ def convert(
     Raises:
       ModelNotFound: nothing is at `src`.
       UnsupportedModel: the model needs something that this package does not compute.
-      RequestError: an unknown dtype, the recipe does not fit the model, or its method the calibration text.
+      RequestError: an unknown dtype, the recipe does not fit the model, or its method the calibration text; a mesh has
+        nothing to quantise, or devices of other processes.
       CheckpointError: the source is damaged or incomplete, changes meanwhile, or holds NaN; names file and tensor.
       StorageError, DoesNotFit: `dst` exists or cannot be written, or the disk is too small.
     """
@@ -95,7 +100,7 @@ def convert(
 
     dtype = "bfloat16" if dtype is None and recipe is not None else dtype
     wanted = None if dtype is None else storage_dtype(dtype)
-    with closing(_opened(Path(src), name, revision, dequantize, recipe, calibration, wanted, wrap)) as model:
+    with closing(_opened(Path(src), name, revision, dequantize, recipe, calibration, mesh, wanted, wrap)) as model:
         in_order = isinstance(model, InOrder)
         ordered = param_specs(model.config) if in_order else in_file_order(model, param_specs(model.config))
         specs = {spec.name: spec for spec in ordered}
@@ -174,9 +179,12 @@ def _opened(
     dequantize: bool,
     recipe: Recipe | None,
     calibration: str | None,
+    mesh: DeviceMesh | None,
     dtype: np.dtype | None,
     wrap: Callable[[ModelSource], ModelSource] | None,
 ) -> ModelSource:
+    if mesh is not None and recipe is None:
+        raise RequestError("a mesh was given, but nothing is quantised", param="mesh", hint="give a recipe, or no mesh")
     if wrap is not None:
         source = open_model(src, name=name, revision=revision, dequantize=dequantize)
         with closed_on_error(source.close):
@@ -186,14 +194,16 @@ def _opened(
     from llama_jax.convert.calibrating import CalibratedSource, rows_of_text
     from llama_jax.convert.quantizing import QuantizedSource
     from llama_jax.recipe import schemes
+    from llama_jax.sharding import RowSplit
 
+    devices = RowSplit.over(mesh)
     recipe.check_text(given=calibration is not None)
     source = open_model(src, name=name, revision=revision, dequantize=True)
     with closed_on_error(source.close):
         if calibration is None:
-            return QuantizedSource(source, schemes(source.config, recipe), recipe.method)
+            return QuantizedSource(source, schemes(source.config, recipe), recipe.method, devices)
         assert dtype is not None
-        return CalibratedSource(source, recipe, rows_of_text(source, calibration), dtype)
+        return CalibratedSource(source, recipe, rows_of_text(source, calibration), dtype, devices)
 
 
 def _errors(model: ModelSource, batch: Sequence[Leaf]) -> dict[str, float]:

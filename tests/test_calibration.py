@@ -1,4 +1,4 @@
-"""GPTQ, AWQ and HQQ: on one weight, in a model, in the command."""
+"""GPTQ, AWQ and HQQ: on one weight, in a model, in the command; `eight_devices_calibration.py` is about meshes."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from click.testing import CliRunner
-from helpers import TINY, error, random_params, random_tokens, run, tiny_config
+from helpers import TINY, error, on_eight_devices, random_params, random_tokens, run, tiny_config
 from tiny_chat_model import write_chat_model
 
 import llama_jax as lj
@@ -36,6 +36,7 @@ from llama_jax.quantized.grid import nearest as nearest_codes
 from llama_jax.quantized.methods import METHODS
 from llama_jax.quantized.searched import searched
 from llama_jax.recipe import recipe
+from llama_jax.sharding import ONE_DEVICE
 
 TEXT = " ".join(f"Sentence {i} says that {i * i} is the square of {i}." for i in range(400))
 
@@ -159,7 +160,7 @@ def test_scaled_inputs_change_nothing() -> None:
         leaves = by_leaf(params["layers"][str(i)])
         layouts = calibration._layouts(config, i)
         grams = calibration._grams(
-            params["layers"][str(i)], config, i, hidden, sorted(set(calibration.INPUTS.values()))
+            params["layers"][str(i)], config, i, hidden, sorted(set(calibration.INPUTS.values())), ONE_DEVICE
         )
         scaled, changed = calibration._with_scaled_inputs(leaves, layouts, grams, config)
         assert error(scaled["attn_norm"]["weight"], leaves["attn_norm"]["weight"]) > 0.05
@@ -285,6 +286,7 @@ def test_usage(folder: Path, text: Path, tmp_path: Path) -> None:
         (["--method", "gptq"], "the method gptq needs a calibration text"),
         (["--calibration", str(text)], "the method rtn takes no calibration text"),
         (["--method", "awq", "--calibration", str(tmp_path / "none.txt")], "cannot read"),
+        (["--mesh", "rows=2"], "'rows' is not an axis"),
     ):
         done = CliRunner().invoke(cli, ["quantize", str(folder), str(tmp_path / "q"), "--weights", "int4", *args])
         assert done.exit_code == 2
@@ -398,3 +400,9 @@ def test_what_was_measured_is_good_enough(name: str) -> None:
     rises = {(row["weights"], row["method"]): row["log_ratio"] for row in json.loads(path.read_text())["schemes"]}
     assert rises["int4_g64_min", "gptq"] < 0.5 * rises["int4_g64_min", "rtn"]
     assert abs(rises.get(("int8", "rtn"), 0)) < 0.003
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)  # a process of its own, for a minute on an idle machine
+def test_on_eight_devices() -> None:
+    on_eight_devices("eight_devices_calibration.py")

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import time
+from typing import TYPE_CHECKING
 
 import click
 
 from llama_jax.cli.inputs import read_text
-from llama_jax.cli.options import examples, json_option, quiet_option, yes_option
+from llama_jax.cli.options import AUTO, examples, json_option, quiet_option, yes_option
 from llama_jax.cli.progress import Reporter
 from llama_jax.cli.recipe_options import RecipeOptions, recipe_options
 from llama_jax.cli.terminal import print_json, size_text
+
+if TYPE_CHECKING:
+    from jax.sharding import Mesh
 
 
 @click.command(
@@ -20,6 +24,7 @@ from llama_jax.cli.terminal import print_json, size_text
         "llama-jax quantize meta-llama/Llama-3.2-1B-Instruct ./llama-1b-int4 --weights int4 --group 128",
         "llama-jax quantize ./llama-1b ./llama-1b-int4 --weights int4 --ignore 'layers.0.*' --lm-head bf16",
         "llama-jax quantize ./llama-1b ./llama-1b-gptq --weights int4 --method gptq --calibration prose.txt",
+        "llama-jax quantize ./70b ./70b-awq --weights int4 --method awq --calibration prose.txt --mesh auto",
     ),
 )
 @click.argument("model")
@@ -37,6 +42,12 @@ from llama_jax.cli.terminal import print_json, size_text
     metavar="FILE",
     help="UTF-8 text for gptq and awq: some ten thousand tokens of the kind that the model will read.",
 )
+@click.option(
+    "--mesh",
+    metavar="AXES",
+    help="Devices to quantise on, e.g. data=4; auto takes all. They share the rows of each weight, and of the "
+    "calibration text. [default: one]",
+)
 @click.option("--overwrite", is_flag=True, help="Replace a checkpoint at DST, once the new one is complete.")
 @yes_option
 @quiet_option
@@ -47,6 +58,7 @@ def command(
     wanted: RecipeOptions,
     method: str,
     calibration: str | None,
+    mesh: str | None,
     overwrite: bool,
     quiet: bool,
     as_json: bool,
@@ -59,7 +71,8 @@ def command(
     again.
 
     gptq and awq process the layers in order, each with the outputs of the quantised layers before it; memory holds one
-    layer in float32 and the text's hidden states. Embeddings and output projections are rounded to nearest.
+    layer in float32, on each device of a mesh, and the text's hidden states. Embeddings and output projections are
+    rounded to nearest.
 
     Prints the error of each layer's weights (with gptq and awq: of its outputs): the root mean square of the difference
     relative to that of the original, for the layer and for its worst weight.
@@ -72,6 +85,7 @@ def command(
         raise click.UsageError("Missing option '--weights': int8, int4 or fp8.")
     recipe.check_text(given=calibration is not None)
     text = None if calibration is None else read_text(calibration, param="calibration")
+    devices = _mesh(mesh)
     began, errors = time.monotonic(), dict[str, float]()
     with Reporter(quiet=quiet, label="Quantising") as reporter:
         found = find(model, progress=reporter.progress, notify=reporter.notify)
@@ -82,6 +96,7 @@ def command(
             dst,
             recipe=recipe,
             calibration=text,
+            mesh=devices,
             overwrite=overwrite,
             warn_larger=model != DEFAULT_MODEL,
             name=found.name,
@@ -111,6 +126,20 @@ def command(
             click.echo(line, err=True)
         size = size_text(checkpoint.nbytes)
         click.echo(f"{len(checkpoint.tensors)} tensors, {size}, {recipe.weights.described}, {seconds:.1f} s", err=True)
+
+
+def _mesh(axes: str | None) -> Mesh | None:
+    """The devices that an option asks for; None for jax's default device."""
+    import jax
+
+    from llama_jax.sharding import make_mesh
+
+    if axes is None:
+        return None
+    if axes == AUTO:
+        devices = jax.local_devices()
+        return make_mesh(data=len(devices), devices=devices)
+    return make_mesh(axes)
 
 
 def _by_layer(errors: dict[str, float], of: str) -> list[str]:

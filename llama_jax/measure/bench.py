@@ -35,7 +35,7 @@ from llama_jax.plan import MeshRequest, resolve_mesh
 from llama_jax.plan.costs import prefill_flops, step_bytes
 from llama_jax.plan.step_costs import Peak
 from llama_jax.recipe import check_activations, requested, schemes
-from llama_jax.sharding import DeviceMesh, on
+from llama_jax.sharding import DeviceMesh
 from llama_jax.targets import current
 
 
@@ -135,8 +135,7 @@ def random_model(
 
     params = unflatten({spec.name: make(spec, i) for i, spec in enumerate(param_specs(config))})
     if wanted is not None:
-        with on(mesh):
-            params, config = quantize_params(params, config, wanted, donate=True)
+        params, config = quantize_params(params, config, wanted, mesh=mesh, donate=True)
     config = config.replace(activations=activations)
     return Model(*arrange(params, config, mesh, donate=True), mesh, name=name, kv_dtype=kv_dtype)
 

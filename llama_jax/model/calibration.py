@@ -2,6 +2,9 @@
 
 Memory holds one layer at a time, and the hidden states of the text between two layers, which stay on the host. Pure
 functions of one layer; `quantize_params` and `convert.calibrating` apply them to each layer in turn.
+
+Several devices share the rows of the text, each with a copy of the layer, and then the rows of its weights: methods
+process each row of a weight by itself, given the Gram matrix of the inputs, which is all-reduced.
 """
 
 from __future__ import annotations
@@ -16,20 +19,22 @@ import numpy as np
 
 from llama_jax.config import LlamaConfig
 from llama_jax.errors import RequestError
+from llama_jax.layout import param_sharding
 from llama_jax.model.transformer import forward
 from llama_jax.model.weights import lookup
-from llama_jax.params import Params, by_leaf, unflatten
+from llama_jax.params import Params, by_leaf, flatten, param_specs, unflatten
 from llama_jax.quantized import Layout, layout_named
 from llama_jax.quantized.awq import input_scales, output_error
 from llama_jax.quantized.codes import decode
 from llama_jax.quantized.methods import Method
 from llama_jax.quantized.nearest import encode
 from llama_jax.schemes import scheme_of
+from llama_jax.sharding import ONE_DEVICE, DeviceMesh, RowSplit, on
 
 Hidden = Sequence[np.ndarray]
 """Hidden states of the calibration text between two layers: float32 [rows, length, hidden_size], in several parts."""
 ROWS = 4
-"""Rows of the text that are computed together."""
+"""Rows of the text that a device computes together."""
 INPUTS: Mapping[str, str] = MappingProxyType(
     {
         "attn.q_proj": "attn_in",
@@ -77,51 +82,59 @@ def check_calibration(config: LlamaConfig, tokens: np.ndarray) -> None:
         )
 
 
-def calibrated_params(params: Params, config: LlamaConfig, method: Method, tokens: np.ndarray) -> Params:
+def calibrated_params(
+    params: Params, config: LlamaConfig, method: Method, tokens: np.ndarray, mesh: DeviceMesh | None = None
+) -> Params:
     """Parameters quantised by a calibrated method; embedding and head are rounded to nearest.
 
     Args:
       params: plain and canonical; they stay as they are.
       config: with the schemes that leaves are to have.
       tokens: int32 [rows, length].
+      mesh: that the parameters are split over, as `layout.param_sharding` places them; those returned are likewise.
 
     Raises:
-      RequestError: see `check_calibration`; or projections are fused.
+      RequestError: see `check_calibration`; or projections are fused, or the mesh has devices of other processes.
     """
     check_calibration(config, tokens)
+    devices = RowSplit.over(mesh)
     if any("qkv_proj" in layer["attn"] for layer in params["layers"].values()):
         raise RequestError("calibration needs projections apart", param="params", hint="load the model with fuse=False")
     out, schemes = dict(params), dict(config.schemes)
     for leaf in ("embed", "lm_head"):
         if (layout := layout_named(schemes.get(leaf, ""))) is not None:
             out[leaf] = encode(layout, params[leaf]["weight"])
-    hidden, out["layers"] = embedded(out["embed"], tokens), {}
+    hidden, out["layers"] = embedded(out["embed"], tokens, devices), {}
     for i in range(config.num_layers):
-        layer, _ = quantised_layer(params["layers"][str(i)], config, i, hidden, method)
-        out["layers"][str(i)] = layer
-        hidden = advanced(layer, config, i, hidden)
+        layer, _ = quantised_layer(params["layers"][str(i)], config, i, hidden, method, devices)
+        hidden = advanced(layer, config, i, hidden, devices)
+        out["layers"][str(i)] = layer if mesh is None else _placed(layer, config, i, mesh)
     return out
 
 
-def embedded(leaf: Params, tokens: np.ndarray) -> list[np.ndarray]:
+def embedded(leaf: Params, tokens: np.ndarray, devices: RowSplit = ONE_DEVICE) -> list[np.ndarray]:
     """The input of the first layer.
 
     Args:
       leaf: the embedding, plain or stored.
       tokens: int32 [rows, length].
+      devices: those that will compute the layers.
     """
-    parts = (tokens[at : at + ROWS] for at in range(0, len(tokens), ROWS))
+    step = ROWS * devices.ways
+    parts = (tokens[at : at + step] for at in range(0, len(tokens), step))
     return [np.asarray(lookup(leaf, jnp.asarray(part), jnp.float32)) for part in parts]
 
 
-def advanced(layer: Params, config: LlamaConfig, index: int, hidden: Hidden) -> list[np.ndarray]:
+def advanced(
+    layer: Params, config: LlamaConfig, index: int, hidden: Hidden, devices: RowSplit = ONE_DEVICE
+) -> list[np.ndarray]:
     """The output of a layer, plain or stored."""
     name = "layers.0.out"
-    return [np.asarray(seen[name]) for seen in _runs(layer, config, index, hidden, (name,))]
+    return [np.asarray(seen[name]) for seen in _runs(layer, config, index, hidden, (name,), devices)]
 
 
 def quantised_layer(
-    layer: Params, config: LlamaConfig, index: int, hidden: Hidden, method: Method
+    layer: Params, config: LlamaConfig, index: int, hidden: Hidden, method: Method, devices: RowSplit = ONE_DEVICE
 ) -> tuple[Params, dict[str, float]]:
     """One layer with its weights quantised.
 
@@ -130,20 +143,21 @@ def quantised_layer(
       config: with the schemes that leaves are to have.
       index: number of the layer.
       hidden: what it is given.
+      devices: those that share the text and the weights' rows.
 
     Returns:
       The layer, in which a method that scales inputs has changed norms and biases too, and the error of each leaf by
       its whole name: the root of the mean square of what its outputs differ by, as a share of that of the outputs.
     """
     layouts = _layouts(config, index)
-    leaves = by_leaf(jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), layer))
-    grams = _grams(_tree(leaves), config, index, hidden, sorted({INPUTS[leaf] for leaf in layouts}))
+    leaves = by_leaf(jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), devices.copy(layer)))
+    grams = _grams(_tree(leaves), config, index, hidden, sorted({INPUTS[leaf] for leaf in layouts}), devices)
     if method.scales_inputs:
-        leaves, grams = _with_scaled_inputs(leaves, layouts, grams, config)
+        leaves, grams = _with_scaled_inputs(leaves, layouts, grams, config, devices)
     errors = {}
     for (activation, layout), names in _alike(layouts).items():
         weights, gram = [leaves[leaf].pop("weight") for leaf in names], grams[activation]
-        stored = method.encode(layout, jnp.concatenate(weights), gram)  # rows do not know of each other
+        stored = method.encode(layout, devices.split(jnp.concatenate(weights)), gram)
         at = 0
         for leaf, weight in zip(names, weights, strict=True):
             own = {member: rows[at : at + len(weight)] for member, rows in stored.items()}
@@ -177,16 +191,23 @@ def _tree(leaves: Leaves) -> Params:
     return unflatten({f"{leaf}.{member}": x for leaf, members in leaves.items() for member, x in members.items()})
 
 
+def _placed(layer: Params, config: LlamaConfig, index: int, mesh: DeviceMesh) -> Params:
+    """The layer with each array where the model's layout on the mesh has it."""
+    where, prefix, arrays = param_sharding(config, mesh), f"layers.{index}.", flatten(layer)
+    specs = {s.name.removeprefix(prefix): s for s in param_specs(config) if s.name.startswith(prefix)}
+    return unflatten({name: jax.device_put(array, where(specs[name])) for name, array in arrays.items()})
+
+
 def _grams(
-    layer: Params, config: LlamaConfig, index: int, hidden: Hidden, names: Sequence[str]
+    layer: Params, config: LlamaConfig, index: int, hidden: Hidden, names: Sequence[str], devices: RowSplit
 ) -> dict[str, jax.Array]:
-    """The sum of x x^T over the tokens of each activation x: float32 [in, in]."""
+    """The sum of x x^T over the tokens of each activation x: float32 [in, in], on each device."""
     whole = tuple(f"layers.0.{name}" for name in names)
     total: dict[str, jax.Array] = {}
-    for seen in _runs(layer, config, index, hidden, whole):
+    for seen in _runs(layer, config, index, hidden, whole, devices):
         for name, full in zip(names, whole, strict=True):
             total[name] = _added(total[name] if name in total else jnp.float32(0), seen[full])
-    return total
+    return devices.copy(total)
 
 
 @jax.jit
@@ -196,13 +217,16 @@ def _added(total: jax.Array, x: jax.Array) -> jax.Array:
 
 
 def _runs(
-    layer: Params, config: LlamaConfig, index: int, hidden: Hidden, names: tuple[str, ...]
+    layer: Params, config: LlamaConfig, index: int, hidden: Hidden, names: tuple[str, ...], devices: RowSplit
 ) -> Iterator[dict[str, jax.Array]]:
     """Activations of one layer, part by part."""
-    plain = {"layers": {"0": _tree({name: _plain(members) for name, members in by_leaf(layer).items()})}}
+    leaves = by_leaf(devices.copy(layer))
+    plain = {"layers": {"0": _tree({name: _plain(members) for name, members in leaves.items()})}}
     alone = config.replace(layers=(config.layers[index],), schemes=(), tie_word_embeddings=True)
     for part in hidden:
-        yield _run(plain, alone, jnp.asarray(part), names)
+        with on(devices.mesh):
+            seen = _run(plain, alone, devices.split(part), len(part), names)
+        yield seen
 
 
 def _plain(members: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
@@ -213,17 +237,22 @@ def _plain(members: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
     return {name: jnp.asarray(x, jnp.float32) for name, x in found.items()}
 
 
-@partial(jax.jit, static_argnums=(1, 3))
-def _run(params: Params, config: LlamaConfig, x: jax.Array, names: tuple[str, ...]) -> dict[str, jax.Array]:
-    """A model of one layer between an arbitrary embedding and head: its logits are not used."""
+@partial(jax.jit, static_argnums=(1, 3, 4))
+def _run(params: Params, config: LlamaConfig, x: jax.Array, rows: int, names: tuple[str, ...]) -> dict[str, jax.Array]:
+    """Activations [rows, length, width] of the first `rows` rows of x, in a model of one layer between an arbitrary
+    embedding and head: its logits are not used."""
     width = x.shape[-1]
     ends = {"embed": {"weight": jnp.zeros((1, width))}, "final_norm": {"weight": jnp.ones(width)}}
     _, _, seen = forward(params | ends, config, None, inputs_embeds=x, capture=names)
-    return {name: part.reshape(*part.shape[:2], -1) for name, part in seen.items()}
+    return {name: part.reshape(*part.shape[:2], -1)[:rows] for name, part in seen.items()}
 
 
 def _with_scaled_inputs(
-    leaves: Leaves, layouts: Mapping[str, Layout], grams: Mapping[str, jax.Array], config: LlamaConfig
+    leaves: Leaves,
+    layouts: Mapping[str, Layout],
+    grams: Mapping[str, jax.Array],
+    config: LlamaConfig,
+    devices: RowSplit,
 ) -> tuple[Leaves, dict[str, jax.Array]]:
     """The equivalent layer with inputs of projections divided by scales that multiply their weights instead.
 
@@ -240,9 +269,8 @@ def _with_scaled_inputs(
         # Query heads of one key/value head take the same values, which have one scale each.
         group = config.num_heads // config.num_kv_heads if activation == "attn_heads" else 1
         sizes = _repeated(_mean(sizes, group, config.head_dim), group, config.head_dim)
-        scales = input_scales(
-            tuple(layouts[leaf] for leaf in quantised), tuple(leaves[leaf]["weight"] for leaf in quantised), gram, sizes
-        )
+        weights = tuple(devices.split(leaves[leaf]["weight"]) for leaf in quantised)
+        scales = devices.copy(input_scales(tuple(layouts[leaf] for leaf in quantised), weights, gram, sizes))
         if activation in _BEFORE:
             norm = leaves[_BEFORE[activation]]
             norm["weight"], scales = _divided(norm["weight"], scales)

@@ -22,7 +22,7 @@ from llama_jax.quantized import layout_named
 from llama_jax.quantized.methods import METHODS, encoder
 from llama_jax.recipe import Recipe
 from llama_jax.schemes import PLAIN, Members, scheme_named, scheme_of
-from llama_jax.sharding import Axes, constrain, on
+from llama_jax.sharding import Axes, DeviceMesh, constrain, on
 
 
 def quantize(
@@ -42,8 +42,7 @@ def quantize(
     Args:
       model: with weights in floating point, fused or not, on a mesh or not.
       weights, group, symmetric, lm_head, embed, ignore, method: see `llama_jax.recipe.recipe`.
-      calibration: int32 [rows, length], tokens of a text, for the methods that need one; the model is then on one
-        device, and not fused.
+      calibration: int32 [rows, length], tokens of a text, for the methods that need one; the model is then not fused.
 
     Raises:
       RequestError: see `recipe` and `recipe.schemes`; or a mesh would cut through a group, or `ignore` names a part of
@@ -53,16 +52,9 @@ def quantize(
         weights, group=group, symmetric=symmetric, lm_head=lm_head, embed=embed, ignore=ignore, method=method
     )
     config = model.config.replace(schemes=recipes.schemes(model.config, wanted))
-    if model.mesh is not None and wanted.calibrated:
-        raise RequestError(
-            f"the method {method} takes a model on one device",
-            param="mesh",
-            hint="load it without a mesh, or quantise its files with llama-jax quantize",
-        )
     if model.mesh is not None:
         check_groups(config, model.mesh)
-    with on(model.mesh):
-        params, config = quantize_params(model.params, model.config, wanted, calibration=calibration)
+    params, config = quantize_params(model.params, model.config, wanted, calibration=calibration, mesh=model.mesh)
     return replace(model, params=params, config=config)
 
 
@@ -72,6 +64,7 @@ def quantize_params(
     wanted: Recipe,
     *,
     calibration: np.ndarray | None = None,
+    mesh: DeviceMesh | None = None,
     donate: bool = False,
 ) -> tuple[Params, LlamaConfig]:
     """Quantised parameters; other leaves are the same arrays, except norms if the method scales inputs.
@@ -81,6 +74,7 @@ def quantize_params(
       config: of the model.
       wanted: what becomes of which leaf, and how.
       calibration: int32 [rows, length], tokens of a text, for a method that needs one.
+      mesh: that the parameters are split over.
       donate: frees each weight when its members are there, for a caller that owns it and will not use `params` again.
 
     Returns:
@@ -92,7 +86,7 @@ def quantize_params(
     config = config.replace(schemes=recipes.schemes(config, wanted))
     wanted.check_text(given=calibration is not None)
     if calibration is not None:
-        return calibrated_params(params, config, METHODS[wanted.method], calibration), config
+        return calibrated_params(params, config, METHODS[wanted.method], calibration, mesh), config
     schemes = dict(config.schemes)
 
     def encoded(leaf: str, members: Members) -> Members:
@@ -107,7 +101,8 @@ def quantize_params(
             members["weight"].delete()
         return found | {name: members[name] for name in members if name == "bias"}
 
-    return _each_leaf(params, encoded), config
+    with on(mesh):
+        return _each_leaf(params, encoded), config
 
 
 def dequantize_params(

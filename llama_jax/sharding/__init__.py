@@ -17,14 +17,17 @@ from __future__ import annotations
 from llama_jax.sharding.axes import MESH_AXES, RULES, Axes, MeshAxes, Rules, parse_mesh, requested_axes
 from llama_jax.sharding.context import constrain, in_use, local, on, share, split_over, ways
 from llama_jax.sharding.mesh import AnyMesh, DeviceMesh, RuledMesh, automatic_mesh, make_mesh, ruled
+from llama_jax.sharding.rows import ONE_DEVICE, RowSplit
 
 __all__ = [
     "MESH_AXES",
+    "ONE_DEVICE",
     "RULES",
     "AnyMesh",
     "Axes",
     "DeviceMesh",
     "MeshAxes",
+    "RowSplit",
     "RuledMesh",
     "Rules",
     "automatic_mesh",
