@@ -162,11 +162,13 @@ def test_scaled_inputs_change_nothing() -> None:
         grams = calibration._grams(
             params["layers"][str(i)], config, i, hidden, sorted(set(calibration.INPUTS.values())), ONE_DEVICE
         )
-        scaled, changed = calibration._with_scaled_inputs(leaves, layouts, grams, config)
+        scaled, changed = calibration._with_scaled_inputs(leaves, layouts, grams, config, ONE_DEVICE)
         assert error(scaled["attn_norm"]["weight"], leaves["attn_norm"]["weight"]) > 0.05
         assert error(scaled["attn.v_proj"]["weight"], leaves["attn.v_proj"]["weight"]) > 0.05
         layers[str(i)] = calibration._tree(scaled)
-        again = calibration._grams(layers[str(i)], config, i, hidden, sorted(set(calibration.INPUTS.values())))
+        again = calibration._grams(
+            layers[str(i)], config, i, hidden, sorted(set(calibration.INPUTS.values())), ONE_DEVICE
+        )
         for name, gram in changed.items():
             assert error(gram, again[name]) < 1e-4
         hidden = calibration.advanced(layers[str(i)], config, i, hidden)
