@@ -206,7 +206,7 @@ def test_tiles_of_every_target() -> None:
     for target in TARGETS:
         for rows in (1, 4, 16, 32, 256):
             for head_dim in (64, 80, 128, 256):
-                tiles = default_tiles(target, rows=rows, head_dim=head_dim, itemsize=2)
+                tiles = default_tiles(target, rows=rows, head_dim=head_dim, itemsize=2, slots=4096)
                 for size in (tiles.block_k, tiles.block_rows, tiles.num_warps):
                     assert size & (size - 1) == 0
                 assert tiles.block_k >= 16  # the matrix instructions' least
@@ -219,7 +219,7 @@ def test_candidates() -> None:
     for target in TARGETS:
         if target.vendor == "cpu":
             continue
-        shape = {"rows": 4, "head_dim": 128, "itemsize": 2}
+        shape = {"rows": 4, "head_dim": 128, "itemsize": 2, "slots": 32768}
         found = list(candidates(target, **shape))
         assert found[0] == default_tiles(target, **shape)
         assert len(set(found)) == len(found) > 10

@@ -53,7 +53,8 @@ def call_of(arguments: dict[str, Any]) -> calls.Call:
     """With the tiles that an MI300X gets."""
     target, q, kv = find("mi300x"), arguments["q"], arguments["kv"]
     rows = q.shape[2] // kv.k.shape[1] * q.shape[1]
-    tiles = default_tiles(target, rows=rows, head_dim=q.shape[3], itemsize=q.dtype.itemsize)
+    slots = arguments["places"].kv_positions.shape[1]
+    tiles = default_tiles(target, rows=rows, head_dim=q.shape[3], itemsize=q.dtype.itemsize, slots=slots)
     with abstract_device(target):
         return calls.Call.of(arguments["rule"], tiles, q, kv, arguments["places"])
 

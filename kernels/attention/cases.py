@@ -69,9 +69,13 @@ def flash_shape(q: jax.Array, kv: KeysValues, places: Places, *args: Any, **kwar
 
 def decode_shape(q: jax.Array, kv: KeysValues, *args: Any, **kwargs: Any) -> str:
     """For example "d128 b8 long", "d64 b1 short paged": head_dim, rows up to a power of two, slots a row."""
-    slots = kv.k.shape[2] if kv.page_table is None else kv.page_table.shape[1] * kv.k.shape[2]
     rows = 1 << (q.shape[0] - 1).bit_length()
-    return f"d{q.shape[3]} b{rows} {'long' if slots >= SPLIT else 'short'}{_of_cache(kv)}"
+    return f"d{q.shape[3]} b{rows} {'long' if _slots(kv) >= SPLIT else 'short'}{_of_cache(kv)}"
+
+
+def _slots(kv: KeysValues) -> int:
+    """Slots of a row."""
+    return kv.k.shape[2] if kv.page_table is None else kv.page_table.shape[1] * kv.k.shape[2]
 
 
 def _of_cache(kv: KeysValues) -> str:
@@ -200,7 +204,8 @@ def decode_candidates(target: Target, q: jax.Array, kv: KeysValues, *args: Any, 
     from llama_jax.kernels.attention.decode.tiles import candidates
 
     rows, itemsize = q.shape[2] // kv.k.shape[1] * q.shape[1], max(q.dtype.itemsize, kv.k.dtype.itemsize)
-    return candidates(target, rows=rows, head_dim=q.shape[3], itemsize=itemsize, codes=kv.quantised)
+    slots = _slots(kv)
+    return candidates(target, rows=rows, head_dim=q.shape[3], itemsize=itemsize, slots=slots, codes=kv.quantised)
 
 
 def _with_heads(shapes: Iterable[AttentionShape], numbers: Mapping[str, Any]) -> list[AttentionShape]:

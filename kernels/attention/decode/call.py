@@ -158,7 +158,14 @@ def run(
     if tiles is None:
         itemsize = max(q.dtype.itemsize, kv.k.dtype.itemsize)
         rows = q.shape[2] // kv.k.shape[1] * q.shape[1]
-        tiles = default_tiles(current(), rows=rows, head_dim=q.shape[3], itemsize=itemsize, codes=kv.quantised)
+        tiles = default_tiles(
+            current(),
+            rows=rows,
+            head_dim=q.shape[3],
+            itemsize=itemsize,
+            slots=places.kv_positions.shape[1],
+            codes=kv.quantised,
+        )
     return _attend(Program(kernels, rule, tiles, interpret), q, kv, sinks, places)
 
 

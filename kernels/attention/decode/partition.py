@@ -1,9 +1,9 @@
 """The part of the cache that each program of the decode kernels reads.
 
 The slots of a row that any of its queries may see lie in a range of blocks of `block_k` slots. These ranges, over all
-rows of the batch, are cut into shares of equal length, one for each program of a key/value head: however different the
-rows' lengths are, every program reads about as many bytes, and none reads what lies before a window or in empty slots.
-Where a row's result must not depend on the others (`Rule.batch_invariant`), shares have a fixed length instead.
+rows of the batch, are cut into shares of about equal length, one for each program of a key/value head: however
+different the rows' lengths are, every program reads about as many bytes, and none reads what lies before a window or in
+empty slots. Where a row's result must not depend on the others (`Rule.batch_invariant`), shares have a fixed length.
 ("Flash-Decoding", https://crfm.stanford.edu/2023/10/12/flashdecoding.html, cuts each row alone.)
 """
 
@@ -28,7 +28,8 @@ class Cut:
     Attributes:
       block_k: slots of a block.
       wanted: shares to make of all rows.
-      length: blocks of a share, whatever is wanted; 0 for a length that makes as many shares as are wanted.
+      length: blocks of a share, whatever is wanted, but for the last of a row; 0 for shares of a row that differ by one
+        block at most, and are as many as are wanted.
     """
 
     block_k: int
@@ -109,7 +110,13 @@ def shares(first: jax.Array, end: jax.Array, cut: Cut, most: int) -> Shares:
     until = jnp.sum(jnp.where(rows <= rows[:, None], count, 0), axis=1, dtype=jnp.int32)
     row = jnp.sum(until <= index[:, None], axis=1, dtype=jnp.int32)
     there, row = row < batch, jnp.minimum(row, batch - 1)
-    skipped = (index - (until - count)[row]) * length
-    start = block[row] + skipped
-    stop = block[row] + jnp.minimum(skipped + length, blocks[row])
+    of_row = index - (until - count)[row]
+
+    def before(n: jax.Array) -> jax.Array:
+        """The number of blocks before a row's n-th share."""
+        if cut.length:
+            return jnp.minimum(n * length, blocks[row])
+        return n * blocks[row] // jnp.maximum(count[row], 1)
+
+    start, stop = block[row] + before(of_row), block[row] + before(of_row + 1)
     return Shares(row, start, jnp.where(there, stop, start), until - count, until)

@@ -24,7 +24,7 @@ from llama_jax.targets import Target, current
 
 __all__ = ["Tiles", "run", "unsupported"]
 
-MOST_ROWS = 16
+MOST_ROWS = 32
 """Number of rows up to which a product is bound by reading its weight, and what is around it by launches."""
 PLAIN_STEP = 64
 """Numbers of a weight without a layout that rows must be multiples of."""
