@@ -143,7 +143,8 @@ def _tiles(shape: ProductShape, grid: dict[str, list[int]]) -> Iterator[Tiles]:
     default = default_tiles(current(), rows=shape.rows, out=shape.out, row_bytes=row_bytes, layout=layout)
     yield default
     for numbers in itertools.product(*grid.values()) if grid else ():
-        tiles = replace(default, **dict(zip(grid, numbers, strict=True)))
+        changes: dict[str, Any] = dict(zip(grid, numbers, strict=True))
+        tiles = replace(default, **changes)
         if tiles.inner * tiles.splits <= row_bytes:
             yield tiles
 

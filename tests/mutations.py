@@ -235,8 +235,8 @@ LAYERS: tuple[Mutation, ...] = (
     Mutation(
         "gates and others swapped in fused products",
         "llama_jax/kernels/quantized_matmul/kernel.py",
-        "gate, other = _apart",
-        "other, gate = _apart",
+        "gate, other = apart",
+        "other, gate = apart",
         ("tests/test_kernels_fused.py::test_against_float64[plain-1-gate]",),
     ),
     Mutation(

@@ -124,6 +124,42 @@ def test_by_bytes(layout: str, rows: int, fold: int, monkeypatch: pytest.MonkeyP
     assert error(found, exact(x, members, layout)) < 1e-4
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize(
+    ("layout", "inner", "tiles"),
+    [
+        ("int4_g128", 640, Tiles(64, 32, 64, 2, 1, 3, scaled=True)),  # a step more than there are
+        ("int4_g128", 1024, Tiles(64, 32, 32, 2, 1, 3, scaled=True)),  # half a group a step, two scales a word
+        ("int4_g64_min", 640, Tiles(64, 32, 64, 2, 1, 3, scaled=True)),
+        ("int4_g64_zero", 256, Tiles(64, 16, 64, 1, 1, 3, scaled=True)),
+        ("int4_g32_min", 160, Tiles(64, 16, 32, 1, 1, 3, scaled=True)),
+        ("int8_g32", 608, Tiles(64, 32, 64, 3, 1, 3, scaled=True)),
+        ("int8_g128_bf16", 512, Tiles(64, 32, 64, 1, 1, 3, scaled=True)),
+        ("int8", 608, Tiles(16, 32, 128, 2, 1, 3, scaled=True)),
+    ],
+    ids=str,
+)
+def test_scales_multiply_the_weight(layout: str, inner: int, tiles: Tiles, dtype: str) -> None:
+    """As near to the exact product as that with the decoded weight, rounded."""
+    x, members = example(layout, 70, 40, inner, dtype)
+    want = exact(x, members, layout)
+    weight = codes.decode(layout_of(layout), members, dtype)
+    rounded = np.asarray(x.astype(jnp.float32)) @ np.asarray(weight.astype(jnp.float32)).T
+    assert error(KERNEL(x, members, layout=layout_of(layout), tiles=tiles), want) < 2 * error(rounded, want)
+
+
+@pytest.mark.parametrize(
+    ("name", "least"), [("int4_g128", 17), ("int4_g64_min", 9), ("int4_g32_min", 2), ("int8_g128", 9), ("int8", 17)]
+)
+def test_scales_multiply_the_weight_of_many_rows(name: str, least: int) -> None:
+    """Where a GPU of NVIDIA multiplies bfloat16, and only there: the sooner the shorter groups are."""
+    layout = layout_of(name)
+    sizes = {"out": 4096, "row_bytes": 4096 // layout.per_byte, "layout": layout}
+    assert default_tiles(find("h200"), rows=least, **sizes).scaled
+    assert not default_tiles(find("h200"), rows=least - 1, **sizes).scaled
+    assert not default_tiles(find("mi300x"), rows=64, **sizes).scaled
+
+
 def test_sums_keep_their_precision_where_xla_may_keep_more() -> None:
     """The two halves of each sum add up to it, and no compiler may take the rounding of the first for excess."""
     x, members = example("int4_g64_min", 5, 16, 640)

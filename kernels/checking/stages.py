@@ -60,7 +60,7 @@ def trace(run: Callable[..., Any], case: Case, arrays: Arrays, *, gradients: boo
 
     def outputs(arrays: Arrays) -> list[jax.Array]:
         """The outputs with meaningless values set to zero."""
-        found = jax.tree.leaves(run(**case.arguments(arrays)))
+        found = jax.tree.leaves(case.compared(run(**case.arguments(arrays))))
         return [out if case.meaningful is None else jnp.where(case.meaningful(arrays), out, 0) for out in found]
 
     def pulled(some: Arrays, others: Arrays, weights: list[jax.Array]) -> tuple[list[jax.Array], list[jax.Array]]:

@@ -14,6 +14,11 @@ import numpy as np
 Arrays = dict[str, jax.Array]
 
 
+def as_it_is(results: Any) -> Any:
+    """The results themselves."""
+    return results
+
+
 @dataclass(frozen=True)
 class Case:
     """Arguments of one operation, by keyword.
@@ -26,6 +31,7 @@ class Case:
       meaningful: bool array that broadcasts against each output: which of it is specified (rows of padding are not).
       quick: small enough for the check at start-up.
       differentiate: names of arrays whose gradients are compared as well, where all is checked.
+      compared: of an operation's results, what all of its backends give in one form.
       call: takes the arrays and the static arguments by name; the keyword arguments of the operation.
       flops, bytes: the least arithmetic of a call, and the least that it reads and writes; 0 where that is not known.
     """
@@ -39,6 +45,7 @@ class Case:
     flops: float = 0
     bytes: float = 0
     numpy: bool = False
+    compared: Callable[[Any], Any] = as_it_is
     call: Callable[..., dict[str, Any]] = dict
 
     def example(self, seed: int = 0) -> Arrays:

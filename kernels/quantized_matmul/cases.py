@@ -54,6 +54,7 @@ def product_cases() -> Sequence[Case]:
         ProductShape("int8_g32", 3, 64, 608, "float16"),
         ProductShape("int4_g64_zero", 40, 48, 256, "float16"),
         ProductShape("int8_g64", 16, 200, 2048),
+        ProductShape("int8_g128", 48, 72, 640),
     )
     quick, differentiate = shapes[:3], ("x",)
     others = tuple(map(_case, shapes[3:]))

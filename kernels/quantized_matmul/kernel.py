@@ -16,6 +16,7 @@ from jax.typing import DTypeLike
 
 from llama_jax.errors import KernelError
 from llama_jax.kernels.pallas import dot, launch, load_tile, next_power_of_2
+from llama_jax.kernels.quantized_matmul.folding import apart, parted, unfolded
 from llama_jax.kernels.quantized_matmul.groups import Groups
 from llama_jax.kernels.quantized_matmul.operands import SQUARED, Weight
 from llama_jax.kernels.quantized_matmul.shifts import RowShifts, Shifts, shifts_of
@@ -56,8 +57,9 @@ def fused_product(
 ) -> tuple[jax.Array, ...]:
     """The product and what is `around` it: [rows, out] in `dtype`; behind an activation half as many columns.
 
-    With a residual that is the sum, and two more follow: the sum times the gain, like it; and float32
-    [rows, out / SQUARED], sums of its squares.
+    With a residual that is the sum, and two more follow: the sum times the gain, like it; and float32 [rows, n], sums
+    of its squares, one of each program, which every program of the next product reads (or of SQUARED neighbours, where
+    programs have unequal parts of a row).
 
     A step of the loop reads `tiles.inner` bytes of each row of the weight. Scales of groups multiply partial sums, in
     float32. They are loaded a step ahead: matrix units do not take them, so the compiler would wait for them in every
@@ -82,9 +84,10 @@ def fused_product(
     group, per_byte, offset = weight.layout.group, weight.layout.per_byte, weight.layout.offset
     # Columns that one of the parts of the result has, and a program of each; counted with those that are folded.
     out, width = out // parts_of_out, tiles.cols // parts_of_out
+    squared = width // fold if columns % (width // fold) == 0 else SQUARED
     codes, inputs = unpack.stored(weight.codes, x)
-    # Bytes, and numbers of the input, that one number of these arrays holds; arrays of the input.
-    word, pair, arrays = row_bytes // codes.shape[1], x.shape[1] // inputs.shape[1], len(inputs) // rows
+    # Bytes, and numbers of the input, that one number of these arrays holds.
+    word, pair = row_bytes // codes.shape[1], x.shape[1] // inputs.shape[1]
     unit, added = unpack.unit(x.dtype), unpack.added(codes.dtype, x.dtype)
     # What products with the numbers of codes lack is added after the loop, or in it by products with ones.
     shifted, alone = bool(offset or added), rows == fold
@@ -123,7 +126,7 @@ def fused_product(
         row = pl.program_id(1) * tiles.rows + jnp.arange(tiles.rows, dtype=jnp.int32)
         part_of_row = pl.program_id(2)
         # Folded rows of one row of the weight are neighbours, and beside them are those of its row in the other part.
-        within, of_out = (place, 0) if parts_of_out == 1 else _parted(place, fold, parts_of_out)
+        within, of_out = (place, 0) if parts_of_out == 1 else parted(place, fold, parts_of_out)
         near_column = pl.program_id(0) * width + within
         near_column = jnp.minimum(near_column, out - 1) if out % width else near_column
         near_column += of_out * out
@@ -138,15 +141,14 @@ def fused_product(
         def load_codes(first: jax.Array) -> jax.Array:
             return load(codes_ref, near_column, first + jnp.arange(piece, dtype=jnp.int32), None)
 
-        def load_x(first: jax.Array) -> list[jax.Array]:
+        def load_x(first: jax.Array) -> jax.Array:
             along = first + jnp.arange(span, dtype=jnp.int32)
             if spread:
                 of_group = jax.lax.rem(
                     jax.lax.div(along, jnp.full_like(along, (group or 1) // pair)), jnp.full_like(along, window)
                 )
-                return [load(x_ref, row * 0, along, of_group[None, :] == row[:, None])]
-            real = (row < rows)[:, None] if rows % tiles.rows else None
-            return [load(x_ref, row + n * rows, along, real) for n in range(arrays)]
+                return load(x_ref, row * 0, along, of_group[None, :] == row[:, None])
+            return load(x_ref, row, along, (row < rows)[:, None] if rows % tiles.rows else None)
 
         def first_group(i: jax.Array) -> jax.Array:
             return i * (tiles.inner * per_byte) // group if group else i * 0
@@ -231,7 +233,7 @@ def fused_product(
         if isinstance(shifts, Shifts):
             total += shifts.of(shift_refs, near_column, jnp.minimum(row, rows - 1), *numbers)
         if fold > 1:
-            total = _unfolded(total, place, row, fold)
+            total = unfolded(total, place, row, fold)
         if spread:
             total = jnp.sum(total, axis=1)[:, None]
         if isinstance(shifts, RowShifts):
@@ -240,7 +242,7 @@ def fused_product(
             squares = read_squares() if squares is None else squares
             total *= jax.lax.rsqrt(jnp.sum(squares, axis=1) * (1 / size) + around.eps)[None, :]
         if around.activation is not None:
-            gate, other = _apart(total, parts_of_out)
+            gate, other = apart(total, parts_of_out)
             total = around.activation(gate) * other
         if residual_ref is None:
             out_at = out_ref.at[part_of_row, out_row[None, :], column[:, None]]
@@ -252,9 +254,9 @@ def fused_product(
         total = total.astype(jnp.float32)
         plgpu.store(at(gained_ref), (total * gain.astype(jnp.float32)[:, None]).astype(gained_ref.dtype), mask=real)
         squares = total * total if real is None else jnp.where(real, total * total, 0.0)
-        sums = jnp.sum(squares.reshape(-1, SQUARED, squares.shape[1]), axis=1)
+        sums = jnp.sum(squares.reshape(-1, squared, squares.shape[1]), axis=1)
         first = pl.program_id(0) * len(sums) + jnp.arange(len(sums), dtype=jnp.int32)
-        some = None if real is None else (first < columns // SQUARED)[:, None]
+        some = None if real is None else (first < columns // squared)[:, None]
         some = some if few is None or some is None else some & few[None, :]
         plgpu.store(sums_ref.at[out_row[None, :], first[:, None]], sums, mask=some)
 
@@ -269,7 +271,7 @@ def fused_product(
         out=(
             jax.ShapeDtypeStruct((tiles.splits, *flat), dtype if tiles.splits == 1 else jnp.float32),
             jax.ShapeDtypeStruct(flat, dtype) if adds else None,
-            jax.ShapeDtypeStruct((flat[0], columns // SQUARED), jnp.float32) if adds else None,
+            jax.ShapeDtypeStruct((flat[0], columns // squared), jnp.float32) if adds else None,
         ),
         num_warps=tiles.num_warps,
         num_stages=tiles.num_stages,
@@ -277,33 +279,6 @@ def fused_product(
     )
     total = parts[0] if tiles.splits == 1 else jnp.sum(parts, axis=0).astype(dtype)
     return total, *others
-
-
-def _parted(place: jax.Array, fold: int, parts: int) -> tuple[jax.Array, jax.Array]:
-    """Of each place of a tile, where it is among those of its part, and which part it is of."""
-
-    def by(x: jax.Array, n: int) -> tuple[jax.Array, jax.Array]:
-        divisor = jnp.full_like(x, n)
-        return jax.lax.div(x, divisor), jax.lax.rem(x, divisor)
-
-    rows, in_row = by(place, fold)
-    n, part = by(rows, parts)
-    return n * fold + in_row, part
-
-
-def _apart(total: jax.Array, parts: int) -> list[jax.Array]:
-    """Rows 0, parts, 2 parts ... of total; rows 1, parts + 1, ...; and so on."""
-    total = total.reshape(-1, parts, total.shape[1])
-    which = jnp.arange(parts, dtype=jnp.int32)[None, :, None]
-    return [jnp.sum(jnp.where(which == n, total, 0.0), axis=1) for n in range(parts)]
-
-
-def _unfolded(total: jax.Array, column: jax.Array, row: jax.Array, fold: int) -> jax.Array:
-    """The sums [cols / fold, rows / fold] over parts at the same place of columns and rows."""
-    cols, rows = total.shape
-    place, other = (jax.lax.rem(at, jnp.full_like(at, fold)) for at in (column, row))
-    parts = jnp.where(place[:, None] == other[None, :], total, 0.0)
-    return jnp.sum(jnp.sum(parts.reshape(cols // fold, fold, rows // fold, fold), axis=3), axis=1)
 
 
 def _products(parts: list[jax.Array], factors: list[jax.Array]) -> jax.Array:

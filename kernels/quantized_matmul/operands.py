@@ -12,8 +12,8 @@ from llama_jax.quantized.codes import shift
 from llama_jax.quantized.layout import OFFSETS
 
 SQUARED = 8
-"""Neighbours in a row whose squares are added to one number: the fewest columns of a program's result, where it has to
-tell the next product how long the row is."""
+"""Neighbours in a row whose squares are added to one number, at least: the fewest columns of a program's result, where
+it has to tell the next product how long the row is."""
 
 
 @dataclass(frozen=True)

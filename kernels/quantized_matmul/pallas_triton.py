@@ -14,7 +14,7 @@ from jax.typing import DTypeLike
 
 from llama_jax.kernels.pallas import MAX_ELEMENTS
 from llama_jax.kernels.precision import matmul_precision
-from llama_jax.kernels.quantized_matmul import kernel
+from llama_jax.kernels.quantized_matmul import kernel, scaled
 from llama_jax.kernels.quantized_matmul.decoding import decoded
 from llama_jax.kernels.quantized_matmul.operands import Weight
 from llama_jax.kernels.quantized_matmul.reference import quantized_matmul_reference
@@ -107,6 +107,9 @@ def _product(call: _Call, x: jax.Array, members: dict[str, jax.Array]) -> jax.Ar
     weight, flat = Weight.of(call.layout, members), x.reshape(-1, x.shape[-1])
     if call.tiles is None:
         out = matmul(flat, decoded(weight, x.dtype, interpret=call.interpret), call.dtype)
+    elif call.tiles.scaled:
+        numbers = scaled.plain if call.interpret else scaled.nvidia
+        out = scaled.product(flat, weight, call.tiles, call.dtype, numbers, interpret=call.interpret)
     else:
         unpack = unpack_for(current(), call.layout, one_row=len(flat) == 1, interpret=call.interpret)
         out = kernel.product(flat, weight, call.tiles, call.dtype, unpack, interpret=call.interpret)

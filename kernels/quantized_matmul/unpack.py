@@ -37,8 +37,7 @@ class Unpack(Protocol):
         """Whether the sums of several rows' inputs are worth a launch of their own (`shifts.Shifts`)."""
 
     def stored(self, codes: jax.Array, x: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Codes [out, bytes] and the input [rows, in] as the kernel reads them: the same memory, or arrays of the input
-        one below the other, [arrays * rows, ...]."""
+        """Codes [out, bytes] and the input [rows, in] as the kernel reads them: the same memory."""
 
     def unit(self, dtype: DTypeLike) -> int:
         """The factor on the numbers of `parts`."""
@@ -50,8 +49,8 @@ class Unpack(Protocol):
         """Codes of a tile [cols, n] of what is stored, as numbers of the dtype: n parts [cols, codes / n], of codes 0,
         n, 2n ..., of codes 1, n + 1, ..."""
 
-    def factors(self, parts: int, x: list[jax.Array], dtype: DTypeLike) -> list[jax.Array]:
-        """The numbers that as many parts are multiplied with, of a tile of each of the input's arrays."""
+    def factors(self, parts: int, x: jax.Array, dtype: DTypeLike) -> list[jax.Array]:
+        """The numbers that as many parts are multiplied with, of a tile of the input."""
 
 
 @dataclass(frozen=True)
@@ -88,8 +87,8 @@ class Words:
             parts = [_interleaved(*pair) for pair in zip(parts[:half], parts[half:], strict=True)]
         return parts
 
-    def factors(self, parts: int, x: list[jax.Array], dtype: DTypeLike) -> list[jax.Array]:
-        return every(parts, *x)
+    def factors(self, parts: int, x: jax.Array, dtype: DTypeLike) -> list[jax.Array]:
+        return every(parts, x)
 
 
 _MASK = 0x000F000F
@@ -122,23 +121,17 @@ def _pairs(words: jax.Array, dtype: DTypeLike) -> jax.Array:
     return jax.lax.bitcast_convert_type(_interleaved(*halves(words)), dtype)
 
 
-PAIRED_ROWS = 32
-
-
 @dataclass(frozen=True)
 class Bytes:
     """Codes by bytes, four at a time. Each half of a byte has its own numbers of the input, which is read by pairs of
-    them; of more than `PAIRED_ROWS` rows, the even and the odd numbers are copied apart first."""
+    them."""
 
     sums_apart: bool = True
 
     def stored(self, codes: jax.Array, x: jax.Array) -> tuple[jax.Array, jax.Array]:
         if codes.dtype == jnp.int8:
             return codes, x
-        pairs = x.reshape(len(x), -1, 2)
-        if len(x) > PAIRED_ROWS:
-            return codes, jnp.concatenate([pairs[..., 0], pairs[..., 1]])
-        return codes, jax.lax.bitcast_convert_type(pairs, WORD)
+        return codes, jax.lax.bitcast_convert_type(x.reshape(len(x), -1, 2), WORD)
 
     def unit(self, dtype: DTypeLike) -> int:
         return FLOATS[jnp.dtype(dtype).name].unit
@@ -149,8 +142,8 @@ class Bytes:
     def parts(self, codes: jax.Array, dtype: DTypeLike) -> list[jax.Array]:
         return [_numbers(codes, field, jnp.dtype(dtype)) for field in FIELDS[codes.dtype.name]]
 
-    def factors(self, parts: int, x: list[jax.Array], dtype: DTypeLike) -> list[jax.Array]:
-        return x if parts == len(x) else [jax.lax.bitcast_convert_type(half, dtype) for half in halves(*x)]
+    def factors(self, parts: int, x: jax.Array, dtype: DTypeLike) -> list[jax.Array]:
+        return [x] if parts == 1 else [jax.lax.bitcast_convert_type(half, dtype) for half in halves(x)]
 
 
 class Field(NamedTuple):

@@ -182,13 +182,16 @@ class _Session:
         """Errors in a candidate's numbers: against the reference's on this case, or, where the reference needs
         more memory than there is, on the small cases."""
         if candidate.backend == REFERENCE:
-            self._expected = jax.block_until_ready(jax.jit(_call(candidate))(**self._arrays))
+            self._expected = self._results(candidate)
             return ""
         if self._expected is None:
             return self._wrong_on_small_cases(candidate)
-        out = jax.block_until_ready(jax.jit(_call(candidate))(**self._arrays))
+        out = self._results(candidate)
         error, limit = worst_row_error(out, self._expected), 2 * LIMITS[jax.tree.leaves(out)[0].dtype.name]
         return "" if error <= limit else f"a row is off by {error:.2g} of its length; {limit:g} is allowed"
+
+    def _results(self, candidate: Candidate) -> Any:
+        return self._case.compared(jax.block_until_ready(jax.jit(_call(candidate))(**self._arrays)))
 
     def _wrong_on_small_cases(self, candidate: Candidate) -> str:
         op, options = self._op, {} if candidate.tiles is None else {"tiles": candidate.tiles}

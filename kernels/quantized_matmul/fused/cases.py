@@ -57,6 +57,8 @@ def fused_cases() -> Sequence[Case]:
         FusedShape("norm", "int4_g32_min", 2, 100, 576),
         FusedShape("add", "int4_g128_zero", 16, 40, 512),
         FusedShape("gate", "int8_g64", 9, 80, 704),
+        FusedShape("add", "plain", 20, 128, 576),
+        FusedShape("norm", "plain", 32, 72, 512),
     )
     return tuple(_case(shape, quick=n < 3, differentiate=("x",) if n < 4 else ()) for n, shape in enumerate(shapes))
 
@@ -69,4 +71,13 @@ def _case(shape: FusedShape, **options: Any) -> Case:
         beside = {name: arrays.pop(name) for name in (*AROUND, *shape.static) if name in arrays}
         return {"x": x, "members": arrays, **beside}
 
-    return Case(shape.name, shape.example, shape.static, flops=shape.flops, bytes=shape.bytes, call=call, **options)
+    how: dict[str, Any] = {"flops": shape.flops, "bytes": shape.bytes, "compared": _whole_sums, "call": call}
+    return Case(shape.name, shape.example, shape.static, **how, **options)
+
+
+def _whole_sums(results: Any) -> Any:
+    """The results with one sum of squares for each row, of however many neighbours the parts of it are."""
+    if not isinstance(results, tuple):
+        return results
+    total, gained, squares = results
+    return total, gained, squares.sum(axis=-1, keepdims=True)

@@ -15,6 +15,9 @@ from llama_jax.targets import Target
 
 __all__ = ["Tiles", "candidates", "default_tiles"]
 
+FEW = 8
+"""Rows up to which programs of a weight that has enough rows are faster with one step less in flight."""
+
 
 def default_tiles(target: Target, *, rows: int, out: int, row_bytes: int, layout: Layout | None, least: int) -> Tiles:
     """The best choice known for a target. Where there are too few programs, rows of the weight are folded; they are
@@ -32,7 +35,7 @@ def default_tiles(target: Target, *, rows: int, out: int, row_bytes: int, layout
         tile = max(2 * next_power_of_2(rows), matrix_rows(target))
         best = Tiles(tile, 64, 128, 1, 4, 3) if nvidia else Tiles(tile, 64, 64, 1, 2, 1)
     else:
-        best = plain.default_tiles(target, rows=rows, out=out, row_bytes=row_bytes, layout=layout)
+        best = plain.summed_tiles(target, rows=rows, out=out, row_bytes=row_bytes, layout=layout)
     length = layout.group if layout is not None else None
     group = length // layout.per_byte if layout is not None and length else 1
     most = min(best.rows // next_power_of_2(rows), 8)
@@ -43,7 +46,7 @@ def default_tiles(target: Target, *, rows: int, out: int, row_bytes: int, layout
         # Groups that share a product take a third of the time that parts of a row do, where there are enough programs.
         fold = 1 if programs >= 2 * target.compute_units else min(fold, 4)
         best = replace(best, num_warps=4)
-    if nvidia and layout is None and fold > 1:
+    if nvidia and layout is None and (fold > 1 or rows > FEW):
         # A unit has a program or two, which have to load further ahead. On an H200 four rows of [4096, 14336] took
         # 30.3 us in place of 35.0, 32 rows 31.6 in place of 36.2.
         best = replace(best, num_stages=4)
