@@ -1,6 +1,7 @@
-"""Writes the tables of `docs/kernels.md` from the shipped tables, the budgets, the table of targets and measurements.
+"""Writes the tables of `docs/kernels.md` and `docs/kernels-products.md` from the shipped tables, the budgets, the table
+of targets and measurements.
 
-python scripts/kernel_docs.py           # writes; a test holds the page equal to what this makes
+python scripts/kernel_docs.py           # writes; a test holds the pages equal to what this makes
 
 Measurements are what `bench_attention.py` and `bench_moe.py` write with `--json`: `h100-attention.json` and
 `h100-moe.json` in `docs/measured`. What several runs measured may lie in several files (`h100-attention-floors.json`);
@@ -27,7 +28,7 @@ from llama_jax.kernels.registry import OPERATIONS, operation
 from llama_jax.targets import Target, find
 
 ROOT = Path(__file__).parents[1]
-PAGE = ROOT / "docs" / "kernels.md"
+PAGES = tuple(ROOT / "docs" / name for name in ("kernels.md", "kernels-products.md"))
 BUDGETS = ROOT / "tests" / "amd_budgets"
 MEASUREMENTS = ROOT / "docs" / "measured"
 CHOICES = ("mi250x", "mi300x", "mi355x", "rx7900xtx", "radeon8060s", "rx9070xt", "h100", "cpu")
@@ -214,7 +215,7 @@ def origin(reports: Sequence[Report], rows: Sequence[dict[str, Any]]) -> str:
 
 
 def sections(measurements: Path = MEASUREMENTS) -> dict[str, str]:
-    """Name of each generated part of the page, and its text."""
+    """Name of each generated part of the pages, and its text."""
     reports = read_reports(measurements)
     budget = (
         "Kernel",
@@ -235,23 +236,26 @@ def sections(measurements: Path = MEASUREMENTS) -> dict[str, str]:
     }
 
 
-def filled(page: str, measurements: Path = MEASUREMENTS) -> str:
-    """The page with its generated parts made anew.
+def filled(pages: Sequence[str], measurements: Path = MEASUREMENTS) -> list[str]:
+    """The pages with their generated parts made anew.
 
     Args:
       measurements: the folder of the files that benchmarks wrote.
 
     Raises:
-      ValueError: a part has no place on the page.
+      ValueError: a part has no place on any page, or several.
     """
+    made = list(pages)
     for name, text in sections(measurements).items():
         begin, end = f"<!-- begin {name} -->", f"<!-- end {name} -->"
-        if begin not in page or end not in page:
-            raise ValueError(f"no {begin} ... {end}")
-        before, _, rest = page.partition(begin)
-        page = f"{before}{begin}\n{text}\n{end}{rest.partition(end)[2]}"
-    return page
+        places = [n for n, page in enumerate(made) if begin in page and end in page]
+        if len(places) != 1:
+            raise ValueError(f"{begin} ... {end} is on {len(places)} pages")
+        before, _, rest = made[places[0]].partition(begin)
+        made[places[0]] = f"{before}{begin}\n{text}\n{end}{rest.partition(end)[2]}"
+    return made
 
 
 if __name__ == "__main__":
-    PAGE.write_text(filled(PAGE.read_text(encoding="utf-8")), encoding="utf-8")
+    for path, text in zip(PAGES, filled([path.read_text(encoding="utf-8") for path in PAGES]), strict=True):
+        path.write_text(text, encoding="utf-8")

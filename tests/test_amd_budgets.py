@@ -225,12 +225,12 @@ def test_kernels_of_a_program() -> None:
 # --- The page that is made of them ------------------------------------------------------------------------------------
 
 
-def test_the_page_of_kernels_is_up_to_date() -> None:
+def test_the_pages_of_kernels_are_up_to_date() -> None:
     docs: Any = load_script("kernel_docs")
-    page = docs.PAGE.read_text(encoding="utf-8")
-    assert docs.filled(page) == page, "run scripts/kernel_docs.py"
-    with pytest.raises(ValueError, match="begin choices"):
-        docs.filled(page.replace("<!-- begin choices -->", ""))
+    pages = [path.read_text(encoding="utf-8") for path in docs.PAGES]
+    assert docs.filled(pages) == pages, "run scripts/kernel_docs.py"
+    with pytest.raises(ValueError, match=r"begin choices .* is on 0 pages"):
+        docs.filled([page.replace("<!-- begin choices -->", "") for page in pages])
 
 
 def test_floors_and_predictions() -> None:

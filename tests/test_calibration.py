@@ -28,6 +28,7 @@ from llama_jax.measure import quality
 from llama_jax.model import calibration
 from llama_jax.model.loaded import Model
 from llama_jax.model.quantization import dequantize_params, quantize_params
+from llama_jax.model.scaled_inputs import INPUTS, with_scaled_inputs
 from llama_jax.params import by_leaf, flatten
 from llama_jax.quantized import Layout, codes, gptq, hqq, layout_named, nearest
 from llama_jax.quantized.awq import output_error
@@ -160,15 +161,13 @@ def test_scaled_inputs_change_nothing() -> None:
         leaves = by_leaf(params["layers"][str(i)])
         layouts = calibration._layouts(config, i)
         grams = calibration._grams(
-            params["layers"][str(i)], config, i, hidden, sorted(set(calibration.INPUTS.values())), ONE_DEVICE
+            params["layers"][str(i)], config, i, hidden, sorted(set(INPUTS.values())), ONE_DEVICE
         )
-        scaled, changed = calibration._with_scaled_inputs(leaves, layouts, grams, config, ONE_DEVICE)
+        scaled, changed = with_scaled_inputs(leaves, layouts, grams, config, ONE_DEVICE)
         assert error(scaled["attn_norm"]["weight"], leaves["attn_norm"]["weight"]) > 0.05
         assert error(scaled["attn.v_proj"]["weight"], leaves["attn.v_proj"]["weight"]) > 0.05
         layers[str(i)] = calibration._tree(scaled)
-        again = calibration._grams(
-            layers[str(i)], config, i, hidden, sorted(set(calibration.INPUTS.values())), ONE_DEVICE
-        )
+        again = calibration._grams(layers[str(i)], config, i, hidden, sorted(set(INPUTS.values())), ONE_DEVICE)
         for name, gram in changed.items():
             assert error(gram, again[name]) < 1e-4
         hidden = calibration.advanced(layers[str(i)], config, i, hidden)

@@ -137,7 +137,7 @@ def test_by_bytes(layout: str, rows: int, fold: int, monkeypatch: pytest.MonkeyP
         ("int8_g128_bf16", 512, Tiles(64, 32, 64, 1, 1, 3, scaled=True)),
         ("int8", 608, Tiles(16, 32, 128, 2, 1, 3, scaled=True)),
     ],
-    ids=str,
+    ids=["step-too-many", "half-group", "minima", "zeros", "short", "int8", "bf16-scales", "whole-rows"],
 )
 def test_scales_multiply_the_weight(layout: str, inner: int, tiles: Tiles, dtype: str) -> None:
     """As near to the exact product as that with the decoded weight, rounded."""

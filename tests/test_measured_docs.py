@@ -104,8 +104,8 @@ def test_backends_and_peers_beside_each_other(folder: Path) -> None:
 
 @pytest.mark.slow
 def test_the_page_without_files(tmp_path: Path) -> None:
-    page = docs.PAGE.read_text(encoding="utf-8")
-    filled = docs.filled(page, tmp_path)
+    pages = [path.read_text(encoding="utf-8") for path in docs.PAGES]
+    filled = docs.filled(pages, tmp_path)
     assert docs.filled(filled, tmp_path) == filled
     assert docs.sections(tmp_path)["measured flash_attention"] == docs.NOTHING
     assert {cells(docs.sections(tmp_path)["floors of moe"], "e8k2h4096i14336, 64 tokens")[-1]} == {docs.NOT_YET}

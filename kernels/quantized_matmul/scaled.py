@@ -62,7 +62,7 @@ def product(
         few = row < rows if rows % tiles.rows else None
 
         def factors(i: jax.Array) -> list[jax.Array]:
-            """What multiplies the codes of step i, and what is added: tiles in the dtype of the input."""
+            """Factors on the codes of step i, and summands: tiles in the dtype of the input."""
             if not group:
                 return []
             first = jax.lax.div(i * inner, jnp.int32(group))

@@ -130,12 +130,12 @@ def command(
 
 def _mesh(axes: str | None) -> Mesh | None:
     """The devices that an option asks for; None for jax's default device."""
+    if axes is None:
+        return None
     import jax
 
     from llama_jax.sharding import make_mesh
 
-    if axes is None:
-        return None
     if axes == AUTO:
         devices = jax.local_devices()
         return make_mesh(data=len(devices), devices=devices)
