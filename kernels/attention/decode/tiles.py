@@ -69,7 +69,7 @@ def default_tiles(target: Target, *, rows: int, head_dim: int, itemsize: int, sl
     if target.vendor == "nvidia":
         few = block_rows == MIN_ROWS and not codes
         if few and slots < SPLIT:
-            return Tiles(block_rows, block(8 << 10, 64), 2, 3, 3)
+            return Tiles(block_rows, max(block(8 << 10, 64), 32), 2, 3, 3)
         return Tiles(block_rows, block(16 << 10, 64), 2 if few else 4, 2, 4 if codes else 3)
 
     def tiles(num_warps: int, tile: int, unit: int) -> Tiles:
