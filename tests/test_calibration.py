@@ -175,7 +175,8 @@ def test_scaled_inputs_change_nothing() -> None:
     assert error(run(params | {"layers": layers}, GROUPED, tokens)[0], expected) < 2e-5
 
 
-@pytest.mark.parametrize("method", ["gptq", pytest.param("awq", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["gptq", "awq"])
 def test_outputs_suffer_less(method: str) -> None:
     """Beside rounding to the nearest, of all leaves together; and layers see what is before them quantised."""
     params, tokens = random_params(GROUPED), np.asarray(random_tokens(GROUPED, 8, 16))
@@ -344,6 +345,7 @@ def test_quality() -> None:
         quality.windows(list(range(31)), 16)
 
 
+@pytest.mark.slow
 def test_quality_command(folder: Path, text: Path, tmp_path: Path) -> None:
     """The numbers of `quality.compare`, of a checkpoint beside what it was made of."""
     path = convert(folder, tmp_path / "q", recipe=recipe("int4", group=8))

@@ -124,7 +124,7 @@ def test_by_bytes(layout: str, rows: int, fold: int, monkeypatch: pytest.MonkeyP
     assert error(found, exact(x, members, layout)) < 1e-4
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("dtype", ["bfloat16", pytest.param("float16", marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
     ("layout", "inner", "tiles"),
     [

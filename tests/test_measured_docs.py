@@ -66,6 +66,7 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
+@pytest.mark.slow
 def test_floors_and_what_was_measured(folder: Path) -> None:
     sections = docs.sections(folder)
     prompts, steps = sections["floors of flash_attention"], sections["floors of decode_attention"]

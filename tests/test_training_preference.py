@@ -121,6 +121,7 @@ def test_loss_and_gradient_are_those_of_each_text_alone(name: str) -> None:
         )
 
 
+@pytest.mark.slow
 def test_gradient_is_that_of_finite_differences() -> None:
     config = TINY["plain"]
     params = random_params(config)
